@@ -1,0 +1,69 @@
+# Everything is run from here; `make help` lists it. Needs Python 3.11 or later with pip, and a package index.
+#
+# torch: without a GPU the pinned CPU build is taken where the package index has one, else the default build, which is large; give
+# the address of an index that holds CPU builds as TORCH_INDEX. On a machine with a GPU the pinned default build is taken. To bring
+# your own (nothing else is pinned then, because our pins may not fit it):
+#     make run TORCH='torch==2.11.0'
+#     make run TORCH=torch VENV_FLAGS=--system-site-packages      # the torch that the system or the container has
+
+VENV_FLAGS ?=
+TORCH ?=
+TORCH_INDEX ?=
+JOBS ?= 2
+BENCH ?= channel ring memory
+ARGS ?=
+
+# Relative, so that a checkout whose path has a space in it works.
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PINS := constraints.txt
+TORCH_PIN := $(shell sed -n 's/^torch==//p' constraints.txt)
+CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
+RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
+
+ifneq ($(TORCH),)
+PINS := /dev/null
+INSTALL_TORCH = $(PIP) install $(TORCH)
+else ifneq ($(wildcard /dev/nvidiactl),)
+INSTALL_TORCH = $(PIP) install -c $(PINS) torch
+else
+INSTALL_TORCH = $(PIP) install -c $(PINS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH_PIN)+cpu 2>/dev/null || \
+	{ echo "no CPU build of torch in the package index: installing the default build"; $(PIP) install -c $(PINS) torch; }
+endif
+
+.PHONY: help run test check bench stress clean
+.DEFAULT_GOAL := help
+
+help: ## list what can be made
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+
+run: .venv/installed ## encode photographs; ARGS="--data-parallel-size 2 my-photographs/"
+	$(BIN)/tensorferry run $(ARGS)
+
+test: .venv/installed ## the test suite, without the stress tests; ARGS="-k ring"
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+check: .venv/installed ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed ## the benchmarks; BENCH="ring" ARGS="--quick"
+	set -e; for name in $(BENCH); do $(BIN)/python -m bench $$name $(ARGS); done
+
+stress: .venv/installed ## the tests that run for minutes, one at a time
+	$(BIN)/python -m pytest -m stress --timeout 3600 $(ARGS)
+
+clean: ## remove what make made
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Some systems ship Python without ensurepip; their own pip then fills the environment.
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; say where it is: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV_FLAGS) .venv || \
+		{ $(PYTHON) -m venv --without-pip $(VENV_FLAGS) .venv && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(INSTALL_TORCH)
+	$(PIP) install -c $(PINS) -e '.[dev]'
+	touch $@
