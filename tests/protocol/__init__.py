@@ -1,0 +1,1 @@
+"""The record protocol, explored exhaustively as a small model."""
