@@ -1,0 +1,107 @@
+"""The engine's one frozen configuration; flags, TOML file and environment derive from its fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from engine.options import Settings, option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig(Settings):
+    """Everything that can be set, under vLLM's names where it has them.
+
+    `EngineConfig(...)` and `EngineConfig.load(...)` check every value and raise `engine.options.ConfigError`.
+    """
+
+    tensor_transport: Literal["auto", "shm", "frames", "inline"] = option(
+        "auto",
+        help="How tensors travel; auto takes shared memory for every peer that proves it can map it.",
+    )
+    shm_ring_gb: float = option(
+        1.0,
+        unit="GiB",
+        minimum=0.001,
+        help="Size of each sender's ring; its memory is taken as it is first used.",
+    )
+    inline_below_kb: int = option(
+        64,
+        unit="KiB",
+        minimum=0,
+        help="Tensors smaller than this ride inside the control message.",
+    )
+    peer_share: float = option(
+        0.5,
+        minimum=0.01,
+        maximum=1.0,
+        help="Part of a ring that one peer may hold.",
+    )
+    copy_threads: int = option(
+        0,
+        minimum=0,
+        help="Threads that copy one large tensor into the ring; 0: by cores.",
+    )
+    data_parallel_size: int = option(
+        1,
+        minimum=1,
+        short="-dp",
+        help="Number of data-parallel ranks, each with its own copy of the model.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto",
+        help="Where the model runs; auto takes CUDA where there is one.",
+    )
+    model: str = option(
+        "builtin",
+        help="The built-in encoder, or package.module:Class.",
+    )
+    seed: int = option(
+        0,
+        minimum=0,
+        maximum=2**63 - 1,
+        help="Seed of the built-in encoder's weights.",
+    )
+    prompts: int = option(
+        0,
+        minimum=0,
+        help="Number of prompts; 0: as many as it takes to send every image once.",
+    )
+    images_per_prompt: int = option(
+        4,
+        minimum=1,
+        help="Images in one prompt.",
+    )
+    megapixels: float | None = option(
+        None,
+        unit="megapixels",
+        minimum=0.01,
+        maximum=100.0,
+        help="Scale every image to about this size; unset: leave it as it is.",
+    )
+    startup_timeout: float = option(
+        120.0,
+        unit="seconds",
+        minimum=0.001,
+        help="How long the ranks may take until all are ready.",
+    )
+    request_timeout: float = option(
+        120.0,
+        unit="seconds",
+        minimum=0.001,
+        help="How long a prompt may take from sending to its answer.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = option(
+        "warning",
+        help="The least severe messages that go to standard error.",
+    )
+
+    @property
+    def ring_bytes(self) -> int:
+        """`shm_ring_gb` in bytes."""
+        return int(self.shm_ring_gb * 2**30)
+
+    @property
+    def inline_below(self) -> int:
+        """`inline_below_kb` in bytes."""
+        return self.inline_below_kb * 2**10
