@@ -1,0 +1,1 @@
+"""The engine: images in, embeddings out, over worker processes."""
