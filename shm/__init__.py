@@ -1,0 +1,60 @@
+"""Bytes in a POSIX shared-memory ring: one writer, many readers, records released in any order.
+
+writer = RingWriter(1 << 30)                    reader = RingReader(offer, "rank0")
+offer = writer.offer()                          ... the reader says that it is ready ...
+writer.admit(offer, "rank0")                    array = reader.open(record.handle)
+record, = writer.reserve([nbytes])              del array                    # released
+writer.buffer(record)[:] = ...
+writer.commit([record])
+"""
+
+from __future__ import annotations
+
+from shm.errors import (
+    AdmissionFailed,
+    LayoutMismatch,
+    NoSpace,
+    RecordTooLarge,
+    RingClosed,
+    RingFull,
+    SegmentExists,
+    SegmentMissing,
+    ShmError,
+    StaleHandle,
+    Stalled,
+)
+from shm.handle import Handle, Offer
+from shm.inspect import SegmentInfo, describe, names, sweep
+from shm.memory import Space, human, require_space, space
+from shm.reader import RingReader
+from shm.record import Lease, Record, RingStatistics
+from shm.writer import RingWriter
+
+__all__ = [
+    "AdmissionFailed",
+    "Handle",
+    "LayoutMismatch",
+    "Lease",
+    "NoSpace",
+    "Offer",
+    "Record",
+    "RecordTooLarge",
+    "RingClosed",
+    "RingFull",
+    "RingReader",
+    "RingStatistics",
+    "RingWriter",
+    "SegmentExists",
+    "SegmentInfo",
+    "SegmentMissing",
+    "ShmError",
+    "Space",
+    "StaleHandle",
+    "Stalled",
+    "describe",
+    "human",
+    "names",
+    "require_space",
+    "space",
+    "sweep",
+]
