@@ -1,0 +1,365 @@
+"""Whatever comes in at a socket: dropped and counted, or the link ends with a reason; the endpoint lives."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+import pytest
+import zmq
+
+import transport
+from transport import message as wire_types
+from transport.conformance import WAIT, joined, mutated, noise, same
+from transport.tensors import TensorSpec
+from transport.wire import Arrived, Route
+
+CONFIG = transport.TransportConfig(
+    backend="frames", timeout=WAIT, max_control_bytes=100_000, detour_bytes=1 << 20, max_queued_messages=50
+)
+
+
+@pytest.fixture
+def front(address: str) -> Iterator[transport.Endpoint]:
+    with transport.listen(address, config=CONFIG) as endpoint:
+        yield endpoint
+
+
+class Raw:
+    """A socket that says what no endpoint would."""
+
+    def __init__(self, front: transport.Endpoint, socket: zmq.Socket[bytes]) -> None:
+        self._front = front
+        self._socket = socket
+        self.link = 0
+
+    def say(self, *frames: bytes | wire_types.Control) -> None:
+        self._socket.send_multipart(
+            [frame if isinstance(frame, bytes) else wire_types.encode(frame) for frame in frames]
+        )
+
+    def hear(self) -> wire_types.Control:
+        """The next control message from the endpoint, which is pumped meanwhile."""
+        deadline = time.monotonic() + WAIT
+        while not self._socket.poll(2):
+            assert time.monotonic() < deadline, "no answer"
+            pump(self._front)
+        return wire_types.decode(self._socket.recv_multipart()[0])
+
+    def hello(self, name: str = "raw") -> wire_types.Control:
+        accepts = ["inline", "frames"]
+        self.say(
+            wire_types.Hello(
+                version=wire_types.VERSION, nonce=7, name=name, pid=1, window=99, patience=0, accepts=accepts
+            )
+        )
+        answer = self.hear()
+        if isinstance(answer, wire_types.Welcome):
+            self.link = answer.link
+        return answer
+
+    def data(self, number: int, body: object = None, *references: wire_types.Reference) -> wire_types.Data:
+        return wire_types.Data(self.link, number, 0, msgspec.msgpack.encode(body), list(references))
+
+
+@contextmanager
+def stranger(front: transport.Endpoint) -> Iterator[Raw]:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(front.addresses[0])
+        yield Raw(front, socket)
+
+
+def pump(endpoint: transport.Endpoint) -> None:
+    endpoint.statistics()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.001)
+
+
+def lives(front: transport.Endpoint) -> None:
+    """It still serves who behaves."""
+    with joined(front, "good", CONFIG) as near:
+        front.send({"x": noise(70_000)}, to="good")
+        assert same(near.receive().body["x"], noise(70_000))
+
+
+def reference(
+    backend: str, handle: object, nbytes: int = 3, dtype: str = "torch.uint8"
+) -> wire_types.Reference:
+    return wire_types.Reference(
+        TensorSpec(dtype, (nbytes,)), backend, msgspec.Raw(msgspec.msgpack.encode(handle))
+    )
+
+
+# ------------------------------------------------------------------------------------ outside of links
+
+
+def test_junk_is_dropped_and_counted(front: transport.Endpoint) -> None:
+    chance = random.Random(3)
+    with stranger(front) as raw:
+        for size in (0, 1, 5, 1000, 100_001):
+            raw.say(chance.randbytes(size))
+        raw.say(b"", b"", b"")
+        raw.say(msgspec.msgpack.encode([99, 1, 2]), b"a frame")
+        raw.say(msgspec.msgpack.encode({"tag": 1}))
+        raw.say(b"\x91" * 100_000)  # as deep as it is long
+        until(lambda: sum(front.statistics()["dropped"].values()) == 9)
+    assert front.statistics()["dropped"] == {"not a message": 8, "too large": 1}
+    lives(front)
+
+
+def test_mutated_greetings(front: transport.Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = random.Random(4)
+    hello = wire_types.encode(
+        wire_types.Hello(version=1, nonce=7, name="raw", pid=1, window=9, patience=0, accepts=["frames"])
+    )
+    handle, handled = front._handle, [0]
+
+    def counting(arrived: Arrived) -> None:
+        handle(arrived)
+        handled[0] += 1
+
+    monkeypatch.setattr(front, "_handle", counting)
+    for turn in range(10):
+        with stranger(front) as raw:
+            for _ in range(40):
+                raw.say(mutated(hello, chance))
+            while handled[0] < 40 * (turn + 1):
+                front.try_receive()
+    assert front.statistics()["dropped"]["not a message"] > 100
+    lives(front)
+
+
+def test_messages_without_a_link(front: transport.Endpoint) -> None:
+    with stranger(front) as raw:
+        for message in (
+            wire_types.Ping(5, 1, 0),
+            wire_types.Goodbye(5, "x"),
+            wire_types.Acknowledgement(5, 3),
+            wire_types.Attached(5, [1]),
+            wire_types.Offered(5, "shm", b"x"),
+        ):
+            raw.say(message)
+        raw.say(wire_types.Welcome(nonce=7, link=5, name="x", pid=1, window=9, patience=0, accepts=[]))
+        raw.say(wire_types.Refused(7, "no"))
+        until(lambda: front.statistics()["dropped"] == {"of another link": 7})
+    assert front.peers == []
+    lives(front)
+
+
+def test_one_greeting_for_each_connection(front: transport.Endpoint) -> None:
+    with stranger(front) as raw:
+        assert isinstance(raw.hello("one"), wire_types.Welcome)
+        for name in ("one", "two", "three"):
+            raw.say(
+                wire_types.Hello(
+                    version=1, nonce=8, name=name, pid=1, window=9, patience=0, accepts=["frames"]
+                )
+            )
+        until(lambda: front.statistics()["dropped"] == {"a second greeting": 3})
+        assert [info.name for info in front.peers] == ["one"]
+        raw.say(raw.data(1, {"n": 1}))
+        assert front.receive().body == {"n": 1}
+
+
+# ------------------------------------------------------------------------------------ inside of a link
+
+
+@pytest.mark.parametrize("numbers", [[2], [0], [1, 1], [1, 3]])
+def test_a_gap_in_the_numbers_ends_the_link(front: transport.Endpoint, numbers: list[int]) -> None:
+    with stranger(front) as raw:
+        raw.hello()
+        for number in numbers:
+            raw.say(raw.data(number))
+        until(lambda: not front.peers)
+        goodbye = raw.hear()
+        assert isinstance(goodbye, wire_types.Goodbye)
+        reason = f"message {numbers[-1]} follows message {len(numbers) - 1}"
+        assert goodbye.reason == reason
+        assert front.statistics()["left"] == {"raw": f"broke the protocol: {reason}"}
+        for _ in numbers[:-1]:
+            front.receive()  # what was right before still counts
+        raw.say(raw.data(1))
+        until(lambda: front.statistics()["dropped"].get("of another link") == 1)
+    lives(front)
+
+
+def test_another_links_number(front: transport.Endpoint) -> None:
+    with stranger(front) as raw:
+        raw.hello()
+        raw.link += 1
+        raw.say(raw.data(1))
+        until(lambda: front.statistics()["dropped"] == {"of another link": 1})
+        assert front.try_receive() is None
+
+
+def test_more_messages_than_the_window(front: transport.Endpoint) -> None:
+    with stranger(front) as raw:
+        raw.hello()
+        for number in range(1, 60):
+            raw.say(raw.data(number))
+        until(lambda: not front.peers)
+        assert "max_queued_messages" in front.statistics()["left"]["raw"]
+        for _ in range(50):
+            front.receive()
+        assert front.try_receive() is None
+    lives(front)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (reference("warp", b""), "does not read the backend 'warp'"),
+        (reference("inline", 5), "an inline handle is not bytes"),
+        (reference("inline", b"four"), "4 bytes where 3 should be"),
+        (reference("frames", 0), "frame 0 of 0"),
+        (reference("frames", -1), "frame -1 of 0"),
+        (reference("frames", b"x"), "a frame handle is no number"),
+        (reference("parts", 0), "its parts did not all come"),
+        (reference("shm", [1, 2]), "a ring handle is not one"),
+        (reference("shm", [1, 2, 3, 4, 5, 0, 3]), "the ring of raw's tensor is not mapped here"),
+        (reference("inline", b"abc", dtype="object"), "unknown dtype"),
+        (reference("inline", b"abc", dtype="|O8"), "unknown dtype"),
+        (reference("inline", b"", nbytes=-3), "a dimension of -3"),
+        (reference("frames", 0, nbytes=1 << 61, dtype="torch.float64"), "max_message_bytes"),
+    ],
+)
+def test_a_bad_tensor_costs_its_message_and_nothing_else(
+    front: transport.Endpoint, bad: wire_types.Reference, words: str
+) -> None:
+    with stranger(front) as raw:
+        raw.hello()
+        raw.say(raw.data(1, None, bad))
+        raw.say(raw.data(2, {"n": 2}))
+        with pytest.raises((transport.ProtocolError, transport.PeerGone), match=words) as caught:
+            front.receive()
+        assert "message 1 from 'raw'" in str(caught.value)
+        assert front.receive().body == {"n": 2}
+        assert front.statistics()["received"]["refused"] == 1
+
+
+def test_parts_that_do_not_fit(front: transport.Endpoint) -> None:
+    piece = wire_types.Piece(0, 0, 3, "inline", msgspec.Raw(msgspec.msgpack.encode(b"abc")))
+    late = msgspec.structs.replace(piece, start=5)
+    elsewhere = msgspec.structs.replace(piece, index=4)
+    wrong = [
+        ([], [piece]),  # of no message
+        ([2], [piece]),  # longer than announced
+        ([9], [late]),  # a hole before it
+        ([9], [elsewhere]),
+        ([1 << 50], [piece]),  # beyond every limit
+        ([0] * 20_000, [piece]),
+    ]
+    with stranger(front) as raw:
+        raw.hello()
+        number = 0
+        for sizes, pieces in wrong:
+            number += 2
+            raw.say(wire_types.Part(raw.link, number - 1, 0, sizes, pieces))
+            raw.say(raw.data(number, None, reference("parts", 0)))
+            with pytest.raises(transport.ProtocolError, match="its parts did not all come"):
+                front.receive()
+        raw.say(wire_types.Part(raw.link, number + 1, 0, [3], [piece]))
+        raw.say(raw.data(number + 2, [msgspec.msgpack.Ext(1, bytes(4))], reference("parts", 0)))
+        assert front.receive().body[0].tolist() == list(b"abc")
+
+
+def test_mutated_messages_in_a_link(front: transport.Endpoint) -> None:
+    chance = random.Random(5)
+    refused = 0
+    for _ in range(60):
+        with stranger(front) as raw:
+            raw.hello()
+            good = raw.data(1, [msgspec.msgpack.Ext(1, bytes(4))], reference("inline", b"abc"))
+            raw.say(mutated(wire_types.encode(good), chance))
+            raw.say(wire_types.Goodbye(raw.link))
+            until(lambda: not front.peers)
+            try:
+                front.try_receive()
+            except transport.TransportError:
+                refused += 1
+    assert refused
+    lives(front)
+
+
+def test_offers_of_what_is_not_there(front: transport.Endpoint) -> None:
+    chance = random.Random(6)
+    with stranger(front) as raw:
+        raw.hello()
+        for offer in (
+            b"",
+            msgspec.msgpack.encode(["/etc/passwd", 0, 1]),
+            msgspec.msgpack.encode(["tensorferry.0.x", -1, -5]),
+        ):
+            raw.say(wire_types.Offered(raw.link, "shm", offer))
+            answer = raw.hear()
+            assert isinstance(answer, wire_types.Answered)
+            assert answer.proof is None
+            assert answer.reason
+            assert "passwd" not in answer.reason
+        raw.say(wire_types.Offered(raw.link, "warp", b""))
+        answer = raw.hear()
+        assert isinstance(answer, wire_types.Answered)
+        assert answer.reason == "this endpoint does not read warp"
+        for _ in range(100):
+            raw.say(wire_types.Answered(raw.link, "shm", chance.randbytes(8)))
+            raw.say(wire_types.Settled(raw.link, "shm"))
+        raw.say(raw.data(1, {"n": 1}))
+        assert front.receive().body == {"n": 1}
+
+
+def test_one_frame_beyond_the_limit_ends_the_connection(front: transport.Endpoint) -> None:
+    """zmq itself hangs up, before the frame takes memory."""
+    with stranger(front) as raw:
+        raw.hello()
+        raw.say(raw.data(1, None, reference("frames", 0, (1 << 20) + 1)), bytes((1 << 20) + 1))
+        until(lambda: not front.peers)
+        assert front.try_receive() is None
+        assert front.statistics()["left"] == {"raw": "is gone: the connection ended"}
+    lives(front)
+
+
+def test_who_asks_and_never_reads_is_not_answered_without_end(front: transport.Endpoint) -> None:
+    with stranger(front) as raw:
+        raw.hello()
+        link = front._roster.named("raw")
+        assert link is not None
+        offer = wire_types.Answered(link.peer.link, "shm", None, "x" * 400)
+        # Straight into the queue, since a socket's buffers take thousands of these first.
+        answers = [link.tell(offer) for _ in range(20_000)]
+        assert answers[0]
+        assert not answers[-1]
+    lives(front)
+
+
+# ------------------------------------------------------------------------------------ a hostile listener
+
+
+def test_a_listener_that_greets_twice_or_is_somebody_else(address: str) -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.setsockopt(zmq.LINGER, 0)
+        router.bind(address)
+        endpoint = transport.Endpoint("r", CONFIG)
+        with endpoint:
+            number = endpoint._wire.dial(address)
+            endpoint._dialling[number] = 5, None
+            endpoint._wire.post(Route(number), b"x")
+            identity = router.recv_multipart()[0]
+            welcome = wire_types.Welcome(nonce=5, link=9, name="f", pid=1, window=9, patience=0, accepts=[])
+            stale = msgspec.structs.replace(welcome, nonce=6)
+            other = msgspec.structs.replace(welcome, link=10, name="g")
+            hello = wire_types.Hello(version=1, nonce=8, name="h", pid=1, window=9, patience=0, accepts=[])
+            for message in (stale, welcome, other, hello):
+                router.send_multipart([identity, wire_types.encode(message)])
+            until(lambda: sum(endpoint.statistics()["dropped"].values()) == 3)
+            assert endpoint.statistics()["dropped"] == {"of another link": 2, "a second greeting": 1}
+            assert [info.name for info in endpoint.peers] == ["f"]
+            del endpoint._dialling[number]

@@ -1,0 +1,97 @@
+"""Messages too large to go at once: planned in parts by the sender, put together by the receiver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from transport.backends.base import Bytes
+from transport.config import TransportConfig
+from transport.errors import ProtocolError
+from transport.message import Piece
+from transport.tensors import Source, TensorSpec
+
+
+class Span(NamedTuple):
+    """Bytes `start` to `stop` of tensor number `tensor`."""
+
+    tensor: int
+    start: int
+    stop: int
+
+
+def plan(sizes: Sequence[int], limit: int) -> Iterator[list[Span]]:
+    """Cut tensors of these sizes (bytes) into parts of at most `limit` bytes, in order."""
+    part: list[Span] = []
+    room = limit
+    for index, nbytes in enumerate(sizes):
+        start = 0
+        while start < nbytes:
+            stop = min(nbytes, start + room)
+            part.append(Span(index, start, stop))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield part
+                part, room = [], limit
+    if part:
+        yield part
+
+
+class Assembly:
+    """The tensors of one message in memory of the receiver's own, filled as parts come in.
+
+    The memory is touched only as bytes arrive, so that announced sizes cost nothing.
+    `ProtocolError` when they exceed the limits of the configuration.
+    """
+
+    def __init__(self, sizes: Sequence[int], config: TransportConfig) -> None:
+        if len(sizes) > config.max_tensors:
+            raise ProtocolError(f"{len(sizes)} tensors exceed max_tensors ({config.max_tensors})")
+        if sum(sizes) > config.max_message_bytes:
+            raise ProtocolError(f"{sum(sizes)} bytes exceed max_message_bytes ({config.max_message_bytes})")
+        try:
+            self._buffers: list[Bytes] = [np.empty(nbytes, np.uint8) for nbytes in sizes]
+        except MemoryError as error:
+            raise ProtocolError(f"there is no memory here for a message of {sum(sizes)} bytes") from error
+        self._filled = [0] * len(sizes)
+
+    def place(self, piece: Piece) -> Bytes:
+        """Where the bytes of a piece belong. Pieces of a tensor come in order and without a gap."""
+        if piece.index >= len(self._buffers):
+            raise ProtocolError(f"a piece of tensor {piece.index} of {len(self._buffers)}")
+        buffer, filled = self._buffers[piece.index], self._filled[piece.index]
+        if piece.start != filled or piece.start + piece.nbytes > buffer.nbytes:
+            raise ProtocolError(
+                f"{piece.nbytes} bytes at {piece.start} of a tensor of {buffer.nbytes} that has {filled}"
+            )
+        self._filled[piece.index] += piece.nbytes
+        return buffer[piece.start : piece.start + piece.nbytes]
+
+    def finished(self, index: int, nbytes: int) -> Bytes:
+        """A tensor that has all its bytes."""
+        if not 0 <= index < len(self._buffers) or self._filled[index] != nbytes:
+            raise ProtocolError(f"tensor {index} did not come whole")
+        return self._buffers[index]
+
+
+class Slice(Source):
+    """Bytes `start` to `stop` of another source, as a source of bytes."""
+
+    def __init__(self, whole: Source, start: int, stop: int) -> None:
+        super().__init__(TensorSpec("|u1", (stop - start,)), stop - start, whole.tensor)
+        self._whole = whole
+        self._start = start
+
+    def fill(
+        self,
+        destination: Bytes,
+        *,
+        threads: int = 1,  # noqa: ARG002  # a range is copied by one thread
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._whole.fill_range(destination, self._start, self._start + self.nbytes)
+        if progress is not None:
+            progress(self.nbytes)

@@ -1,0 +1,1 @@
+"""The ways for bytes to reach a peer; `base` is the interface, every other module one backend."""

@@ -1,0 +1,197 @@
+"""The interface of a backend: a way for the bytes of tensors to reach a peer.
+
+Two nouns and few verbs. An `Outbound` puts the tensors of a message where readers find them and says
+where in handles; an `Inbound` opens handles. Control messages, names, numbers and acknowledgements are
+the endpoint's business. `docs/writing-a-backend.md` explains how to write one; `transport.conformance`
+is the suite that tells whether it is right.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transport.config import TransportConfig
+from transport.errors import TransportError
+
+if TYPE_CHECKING:
+    from transport.tensors import Source
+
+Bytes = NDArray[np.uint8]
+Poll = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One link to one peer: the link's number, the peer's name and pid (0: unknown)."""
+
+    link: int
+    name: str
+    pid: int = 0
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What shows the sender that this process can read what it puts."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why this process cannot read what the sender puts; no names of files or segments."""
+
+    reason: str
+
+
+@dataclass
+class Load:
+    """What one reader is sent: for each tensor (backend name, handle as msgpack), and payload frames."""
+
+    handles: list[tuple[str, bytes]]
+    frames: list[Bytes] = field(default_factory=list)
+
+
+class Parcel(ABC):
+    """The tensors of one message, put for some readers and kept until each of them has let go."""
+
+    failed: Mapping[Peer, TransportError] = {}
+    """The readers that the tensors could not be put for, and why; the others have a load."""
+
+    @abstractmethod
+    def load(self, reader: Peer) -> Load:
+        """What to send to that reader."""
+
+    @abstractmethod
+    def release(self, reader: Peer) -> None:
+        """The reader took the message, or never will. Called once for each reader."""
+
+
+class NoParcel(Parcel):
+    """Handles that keep nothing alive."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+
+    def load(self, reader: Peer) -> Load:
+        return self._load
+
+    def release(self, reader: Peer) -> None:
+        return
+
+
+class Outbound(ABC):
+    """The sending side of a backend in one endpoint. Called by several threads."""
+
+    name: str
+    reads = ""
+    """The name of the inbound that an offer is for, where it is not that of the outbound."""
+
+    def __init__(self, config: TransportConfig) -> None:
+        self.config = config
+
+    def wants_offer(self, peer: Peer, sizes: Sequence[int]) -> bool:
+        """Whether tensors of these sizes (bytes) wait for `peer` to prove that it can read them."""
+        return False
+
+    def offer(self, peer: Peer) -> bytes:
+        """What `peer` needs for its proof. `TransportError` when there can be none: the peer is refused."""
+        return b""
+
+    def admit(self, peer: Peer, answer: Proof | Refusal) -> str:
+        """Judge an answer; "" admits the peer, else the reason why not."""
+        return ""
+
+    @abstractmethod
+    def limit(self, peer: Peer) -> int:
+        """How many bytes of one message can be put for `peer` at once; larger ones come in parts."""
+
+    @abstractmethod
+    def put(
+        self, sources: Sequence[Source], readers: Sequence[Peer], *, timeout: float, poll: Poll
+    ) -> Parcel:
+        """Put the bytes of all sources for all readers, or nothing at all.
+
+        Waits `timeout` seconds at most, calling `poll` now and then. `Full` later, `TooLarge` never.
+        The sources may change as soon as this returns.
+        """
+
+    def lend(self, nbytes: int, timeout: float, poll: Poll) -> Bytes | None:
+        """Writable memory that a later `put` sends without a copy; None: this backend has none."""
+        return None
+
+    def explain(self, peer: Peer) -> str:
+        """Which backend serves `peer` and why, for people."""
+        return self.name
+
+    def alive(self, peer: Peer) -> bool | None:
+        """Whether the peer's process lives, where the backend can tell; slow is not dead."""
+        return None
+
+    def drop(self, peer: Peer) -> None:
+        """The link ended: forget what is known of `peer`. Its parcels are released separately."""
+        return
+
+    def statistics(self) -> dict[str, object]:
+        """Counters and sizes, for people and tests."""
+        return {}
+
+    def close(self) -> None:
+        """Give everything back; what readers have open stays valid."""
+        return
+
+
+class Inbound(ABC):
+    """The receiving side of a backend in one endpoint. `open` is called by one thread at a time, while
+    another may call the rest.
+    """
+
+    name: str
+
+    def __init__(self, config: TransportConfig) -> None:
+        self.config = config
+
+    def accept(self, peer: Peer, offer: bytes, own_name: str) -> Proof | Refusal:
+        """Prove that this process can read what `peer` puts. Offers are hostile input."""
+        return Proof(b"")
+
+    def settle(self, peer: Peer, reason: str) -> None:
+        """The sender's verdict on the proof: admitted when `reason` is empty."""
+        return
+
+    @abstractmethod
+    def open(self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]) -> Bytes:
+        """The bytes of one tensor, shape [nbytes]; whoever keeps the array keeps them.
+
+        Handles are hostile input: `ProtocolError` for anything wrong, `PeerGone` for a record whose
+        owner is gone, `Timeout` when it is worth trying again.
+        """
+
+    def alive(self, peer: Peer) -> bool | None:
+        """Whether the peer's process lives, where the backend can tell; slow is not dead."""
+        return None
+
+    def stores(self) -> Collection[int]:
+        """The stores of others that handles can be opened of here, whoever passes them on."""
+        return ()
+
+    def store_of(self, handle: bytes) -> int | None:
+        """The store that a handle belongs to when it may be handed on to another reader of it."""
+        return None
+
+    def drop(self, peer: Peer) -> None:
+        """The link ended and nothing that came over it is left to open."""
+        return
+
+    def statistics(self) -> dict[str, object]:
+        """Counters and sizes, for people and tests."""
+        return {}
+
+    def close(self) -> None:
+        """Give everything back; arrays that `open` returned stay valid."""
+        return

@@ -1,0 +1,399 @@
+"""The payload in this process's shared-memory ring, read in place by the processes that proved to map it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeVar
+
+import msgspec
+
+import shm
+from transport.backends.base import (
+    Bytes,
+    Inbound,
+    Load,
+    NoParcel,
+    Outbound,
+    Parcel,
+    Peer,
+    Poll,
+    Proof,
+    Refusal,
+)
+from transport.config import TransportConfig
+from transport.errors import Full, PeerGone, ProtocolError, Timeout, TooLarge
+from transport.tensors import Source
+from transport.waiting import attempts
+
+
+class _Handle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A record, and the part of it that is the tensor."""
+
+    segment: int
+    slot: int
+    generation: int
+    offset: int
+    nbytes: int
+    start: int
+    length: int
+
+
+class _Offer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    name: str
+    column: int
+    challenge: int
+
+
+_handles = msgspec.msgpack.Decoder(_Handle)
+_offers = msgspec.msgpack.Decoder(_Offer)
+_encode = msgspec.msgpack.Encoder().encode
+_NO_BYTES = ("inline", _encode(b""))  # a record needs at least one byte
+
+
+class ShmParcel(Parcel):
+    """Records that count as in flight for each reader until it has taken the message."""
+
+    def __init__(
+        self, writer: shm.RingWriter, records: list[shm.Record], load: Load, columns: dict[Peer, int]
+    ) -> None:
+        self._writer = writer
+        self._records = records
+        self._load = load
+        self._columns = columns
+
+    def load(self, reader: Peer) -> Load:
+        return self._load
+
+    def release(self, reader: Peer) -> None:
+        self._writer.drop(self._records, self._columns[reader])
+
+
+class ShmOutbound(Outbound):
+    """Owns the ring, made at the first tensor that needs it, and knows which peers map it."""
+
+    name = "shm"
+
+    def __init__(self, config: TransportConfig) -> None:
+        super().__init__(config)
+        self._writer: shm.RingWriter | None = None
+        self._making = threading.Lock()
+        self._admitting = threading.Lock()  # of a peer's column there is one offer, whoever makes it
+        self._offered: dict[Peer, shm.Offer] = {}
+        self._columns: dict[Peer, int] = {}
+        self._refused: dict[Peer, str] = {}
+        self._tensors = self._nbytes = 0
+
+    # -------------------------------------------------------------- who may read
+
+    def wants_offer(self, peer: Peer, sizes: Sequence[int]) -> bool:
+        return any(sizes) and peer not in self._columns and peer not in self._refused
+
+    def offer(self, peer: Peer) -> bytes:
+        try:
+            with self._admitting:
+                if peer not in self._offered:
+                    self._offered[peer] = self.ring().offer()
+                return _encode(_Offer(*self._offered[peer]))
+        except (shm.RingFull, shm.NoSpace) as error:
+            self._refused[peer] = str(error)
+            raise Full(str(error), failed={peer.name: str(error)}) from error
+
+    def admit(self, peer: Peer, answer: Proof | Refusal) -> str:
+        offer = self._offered.pop(peer, None)
+        if offer is None:
+            return "nothing was offered"
+        writer = self.ring()
+        if isinstance(answer, Refusal):
+            writer.withdraw(offer)
+            self._refused[peer] = answer.reason
+            return answer.reason
+        try:
+            writer.admit(offer, peer.name, peer.pid)
+        except shm.AdmissionFailed as error:
+            writer.withdraw(offer)
+            self._refused[peer] = str(error)
+            return str(error)
+        self._columns[peer] = offer.column
+        return ""
+
+    def admitted(self, peer: Peer) -> bool:
+        """Whether the peer proved that it maps the ring."""
+        return peer in self._columns
+
+    def alive(self, peer: Peer) -> bool | None:
+        """Whether the peer's lock on its column is held; None when it has no column."""
+        column = self._columns.get(peer)
+        return None if column is None or self._writer is None else self._writer.reader_alive(column)
+
+    def explain(self, peer: Peer) -> str:
+        if peer in self._columns:
+            return "shm: the peer proved that it maps the ring"
+        if peer in self._refused:
+            return f"not shm: {self._refused[peer]}"
+        return "not shm yet: " + (
+            "the peer has not answered the offer" if peer in self._offered else "no need"
+        )
+
+    def drop(self, peer: Peer) -> None:
+        offer = self._offered.pop(peer, None)
+        if offer is not None:
+            self.ring().withdraw(offer)
+        self._refused.pop(peer, None)
+        if self._columns.pop(peer, None) is not None and self._writer is not None:
+            self._writer.reap()
+
+    # -------------------------------------------------------------- tensors
+
+    def ring(self) -> shm.RingWriter:
+        """The ring, made now if need be. `shm.NoSpace` when /dev/shm can never hold it."""
+        with self._making:
+            if self._writer is None:
+                config = self.config
+                shm.sweep()
+                shm.require_space(config.ring_bytes)
+                self._writer = shm.RingWriter(
+                    config.ring_bytes,
+                    slots=config.max_tensors,
+                    columns=config.max_readers,
+                    share=config.peer_share,
+                    trace=_trace(config),
+                )
+            return self._writer
+
+    def limit(self, peer: Peer) -> int:
+        if self._writer is None:
+            share, capacity = int(self.config.ring_bytes * self.config.peer_share), self.config.ring_bytes
+        else:
+            share, capacity = self._writer.share_bytes(), self._writer.capacity
+        # A part must fit an empty ring although its records are rounded up to their alignment.
+        return max(1, min(share, capacity - capacity // 16))
+
+    def lend(self, nbytes: int, timeout: float, poll: Poll) -> Bytes | None:
+        writer = self._ring_or_full()
+        (record,) = _mapped(lambda: writer.reserve([nbytes], timeout=timeout, poll=poll))
+        view = writer.lend(record)
+        writer.drop([record])
+        return view
+
+    def put(
+        self, sources: Sequence[Source], readers: Sequence[Peer], *, timeout: float, poll: Poll
+    ) -> Parcel:
+        if not any(source.nbytes for source in sources):
+            return NoParcel(Load([_NO_BYTES] * len(sources)))
+        writer = self._ring_or_full()
+        columns = {peer: self._columns[peer] for peer in readers if peer in self._columns}
+        unproved = {peer.name: self.explain(peer) for peer in readers if peer not in columns}
+        if unproved:
+            raise Full("; ".join(f"{name}: {why}" for name, why in unproved.items()), failed=unproved)
+        loans = [
+            None if source.address is None else writer.find_loan(source.address, source.nbytes)
+            for source in sources
+        ]
+        fresh = [s for s, loan in zip(sources, loans, strict=True) if loan is None and s.nbytes]
+        lent = [loan[0] for loan in loans if loan is not None]
+        self._await_share(writer, lent, columns, timeout, poll)
+        reserved = self._reserve(writer, fresh, columns, timeout, poll)
+        try:
+            for source, record in zip(fresh, reserved, strict=True):
+                source.fill(writer.buffer(record), threads=self.config.threads)
+        except BaseException:
+            writer.abort(reserved)
+            raise
+        writer.commit(reserved)
+        writer.commit(lent, keep=True)
+        for column in columns.values():
+            writer.hold(lent, column)
+        self._tensors += len(sources)
+        self._nbytes += sum(source.nbytes for source in sources)
+        return ShmParcel(writer, reserved + lent, self._load(sources, loans, reserved), columns)
+
+    def _load(
+        self,
+        sources: Sequence[Source],
+        loans: Sequence[tuple[shm.Record, int] | None],
+        reserved: Sequence[shm.Record],
+    ) -> Load:
+        records = iter(reserved)
+        handles = []
+        for source, loan in zip(sources, loans, strict=True):
+            if not source.nbytes:
+                handles.append(_NO_BYTES)
+                continue
+            record, start = loan or (next(records), 0)
+            handles.append((self.name, _encode(_Handle(*record.handle, start, source.nbytes))))
+        return Load(handles)
+
+    def _reserve(
+        self,
+        writer: shm.RingWriter,
+        sources: Sequence[Source],
+        columns: dict[Peer, int],
+        timeout: float,
+        poll: Poll,
+    ) -> list[shm.Record]:
+        sizes = [source.nbytes for source in sources]
+        return _for_readers(
+            columns, lambda: writer.reserve(sizes, columns=columns.values(), timeout=timeout, poll=poll)
+        )
+
+    def _await_share(
+        self,
+        writer: shm.RingWriter,
+        lent: Sequence[shm.Record],
+        columns: dict[Peer, int],
+        timeout: float,
+        poll: Poll,
+    ) -> None:
+        """Loans are in the ring already, but count against the share of whom they are sent to."""
+        nbytes = sum(record.nbytes for record in {record.slot: record for record in lent}.values())
+        for last in attempts(timeout, poll) if lent else ():
+            try:
+                _for_readers(columns, lambda: writer.check_share(columns.values(), nbytes))
+                return
+            except Full:
+                if last:
+                    raise
+
+    def _ring_or_full(self) -> shm.RingWriter:
+        return _mapped(self.ring)
+
+    # -------------------------------------------------------------- telling
+
+    def statistics(self) -> dict[str, object]:
+        figures: dict[str, object] = {"tensors": self._tensors, "nbytes": self._nbytes}
+        if self._writer is not None:
+            figures["ring"] = self._writer.statistics()
+        return figures
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class ShmInbound(Inbound):
+    """The rings of others that this process was admitted to."""
+
+    name = "shm"
+
+    def __init__(self, config: TransportConfig) -> None:
+        super().__init__(config)
+        self._proved: dict[Peer, shm.RingReader] = {}  # not admitted yet
+        self._readers: dict[int, shm.RingReader] = {}
+        self._identities: dict[Peer, int] = {}
+
+    def accept(self, peer: Peer, offer: bytes, own_name: str) -> Proof | Refusal:
+        older = self._proved.pop(peer, None)
+        if older is not None:  # a peer that offers again and again must not fill this process with mappings
+            older.close()
+        try:
+            self._proved[peer] = shm.RingReader(
+                shm.Offer(*msgspec.structs.astuple(_offers.decode(offer))),
+                own_name,
+                trace=_trace(self.config),
+            )
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return Refusal("the offer is not one")
+        except (shm.ShmError, OSError) as error:
+            return Refusal(str(error))
+        return Proof(b"")
+
+    def settle(self, peer: Peer, reason: str) -> None:
+        reader = self._proved.pop(peer, None)
+        if reader is None:
+            return
+        if reason:
+            reader.close()
+            return
+        for identity in (reader.identity, self._identities.get(peer, 0)):
+            older = self._readers.pop(identity, None)
+            if older is not None:
+                older.close()
+        self._readers[reader.identity] = reader
+        self._identities[peer] = reader.identity
+
+    def open(self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]) -> Bytes:
+        try:
+            where = _handles.decode(handle)
+        except msgspec.DecodeError as error:
+            raise ProtocolError(f"a ring handle is not one: {error}") from error
+        if where.length != nbytes or not 0 <= where.start <= where.nbytes - nbytes:
+            raise ProtocolError(f"{nbytes} bytes at {where.start} of a record of {where.nbytes}")
+        reader = self._readers.get(where.segment)
+        if reader is None:
+            raise PeerGone(f"the ring of {peer.name}'s tensor is not mapped here (any more)")
+        record = shm.Handle(where.segment, where.slot, where.generation, where.offset, where.nbytes)
+        try:
+            view = reader.open(record)
+        except shm.StaleHandle as error:
+            if _writer_alive(reader):
+                raise ProtocolError(f"a stale handle from {peer.name}: {error}") from error
+            raise PeerGone(f"the writer of {peer.name}'s tensor died: {error}") from error
+        except shm.Stalled as error:
+            raise Timeout(f"{peer.name}: {error}") from error
+        except shm.RingClosed as error:
+            raise PeerGone(f"the ring of {peer.name}'s tensor is not mapped here any more") from error
+        return view if nbytes == where.nbytes else view[where.start : where.start + nbytes]
+
+    def alive(self, peer: Peer) -> bool | None:
+        """Whether the writer of the peer's ring lives; None when no ring of it is mapped here."""
+        reader = self._readers.get(self._identities.get(peer, 0))
+        return None if reader is None else _writer_alive(reader)
+
+    def stores(self) -> Collection[int]:
+        return list(self._readers)
+
+    def store_of(self, handle: bytes) -> int | None:
+        return _handles.decode(handle).segment
+
+    def drop(self, peer: Peer) -> None:
+        for reader in (self._proved.pop(peer, None), self._readers.pop(self._identities.pop(peer, 0), None)):
+            if reader is not None:
+                reader.close()
+
+    def statistics(self) -> dict[str, object]:
+        return {"rings": len(self._readers), "opened": sum(r.opened for r in self._readers.values())}
+
+    def close(self) -> None:
+        for peer in {*self._proved, *self._identities}:
+            self.drop(peer)
+
+
+def _writer_alive(reader: shm.RingReader) -> bool:
+    try:
+        return reader.writer_alive()
+    except shm.RingClosed:  # another thread has just dropped it
+        return False
+
+
+_T = TypeVar("_T")
+
+
+def _mapped(call: Callable[[], _T]) -> _T:
+    """Run a call of the ring and raise what it raises as the transport's own errors."""
+    try:
+        return call()
+    except shm.RecordTooLarge as error:
+        raise TooLarge(str(error)) from error
+    except (shm.RingFull, shm.NoSpace) as error:
+        raise Full(str(error)) from error
+
+
+def _for_readers(columns: Mapping[Peer, int], call: Callable[[], _T]) -> _T:
+    """The same, for a call whose `Full` names the readers that hold too much, or all of them."""
+    try:
+        return _mapped(call)
+    except Full as error:
+        cause = error.__cause__
+        late = cause.columns if isinstance(cause, shm.RingFull) else ()
+        names = [peer.name for peer, column in columns.items() if column in late or not late]
+        error.failed = dict.fromkeys(names, str(error))
+        raise
+
+
+def _trace(config: TransportConfig) -> Callable[[str, Mapping[str, object]], None] | None:
+    trace = config.trace
+    if trace is None:
+        return None
+    return lambda event, fields: trace(f"ring.{event}", time.monotonic_ns(), fields)

@@ -1,0 +1,79 @@
+"""`TransportConfig`: every limit and time-out of the transport, one field each, checked when made."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Trace = Callable[[str, int, Mapping[str, object]], None]
+
+
+def _option(default: Any, text: str, **limits: Any) -> Any:
+    return field(default=default, metadata={"help": text, **limits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransportConfig:
+    """How one endpoint sends. Sizes are bytes, times seconds. `ValueError` names a field that is wrong."""
+
+    backend: str = _option("auto", "how tensors travel: auto, shm, frames, inline, or a backend of your own")
+    ring_bytes: int = _option(
+        1 << 30, "size of the shared-memory ring; pages are taken as it fills", least=1 << 16
+    )
+    inline_below: int = _option(
+        65536, "auto: tensors smaller than this travel in the control message", least=0
+    )
+    inline_bytes: int = _option(1 << 20, "auto: at most this much of one message travels so", least=0)
+    peer_share: float = _option(
+        0.5, "part of the ring that one peer may hold or be sent", above=0.0, most=1.0
+    )
+    max_message_bytes: int = _option(8 << 30, "a larger message is refused on both sides", least=1)
+    max_control_bytes: int = _option(16 << 20, "largest control message, inline tensors included", least=4096)
+    max_peers: int = _option(256, "links at a time; more are refused", least=1)
+    max_queued_messages: int = _option(1024, "unacknowledged messages for one peer", least=1)
+    max_tensors: int = _option(16384, "tensors in one message, and records in the ring", least=1)
+    max_readers: int = _option(64, "processes that may map the ring at a time", least=1, most=64)
+    detour_bytes: int = _option(64 << 20, "unacknowledged bytes for one peer outside the ring", least=1 << 16)
+    detour_after: float = _option(0.2, "auto: wait for a full ring this long, then take a detour", least=0.0)
+    timeout: float = _option(30.0, "how long send and receive wait when not told", above=0.0)
+    handshake_timeout: float = _option(10.0, "how long connect waits for the other side", above=0.0)
+    admission_timeout: float = _option(
+        2.0, "how long a first send waits for the peer to map the ring", above=0.0
+    )
+    linger: float = _option(1.0, "how long close waits for what is still to be sent", least=0.0)
+    copy_threads: int = _option(
+        0, "threads that copy one tensor of 1 MiB and more; 0: by cores", least=0, most=64
+    )
+    insecure: bool = _option(False, "allow tcp addresses off loopback without encryption")
+    trace: Trace | None = field(
+        default=None, metadata={"help": "called as trace(event, monotonic nanoseconds, fields) at each step"}
+    )
+
+    def __post_init__(self) -> None:
+        for name, option in self.__dataclass_fields__.items():
+            _check(name, getattr(self, name), option.metadata)
+
+    def emit(self, event: str, **fields: object) -> None:
+        """Call `trace`, if there is one, with what just happened or is just about to."""
+        if self.trace is not None:
+            self.trace(event, time.monotonic_ns(), fields)
+
+    @property
+    def threads(self) -> int:
+        """How many threads copy a large tensor: what was asked for, or half the cores, 8 at most."""
+        return self.copy_threads or max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+
+
+def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    least, most, above = limits.get("least"), limits.get("most"), limits.get("above")
+    if (least is not None or above is not None) and not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, not {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value!r}")
+    if above is not None and value <= above:
+        raise ValueError(f"{name} must be above {above}, not {value!r}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, not {value!r}")

@@ -1,0 +1,179 @@
+"""One link: one handshake of one peer, the numbers of its messages, and what they keep alive.
+
+Sending in a link and ending it share one lock, so that nothing is queued in a link that has ended: the
+acknowledgement of a message, or the end of the link, lets go of what the message kept, once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from transport import message as wire_types
+from transport.backends.base import Bytes, Peer
+from transport.errors import Full, PeerGone
+from transport.wire import Busy, Route, Unreachable, Wire
+
+Release = Callable[[], None]
+Build = Callable[[int, int, int], wire_types.Control]
+_FEW = 32  # messages that may wait for an acknowledgement that travels with something else
+
+
+class Link:
+    """The state of one link; `window` is how many messages may be unacknowledged."""
+
+    def __init__(
+        self,
+        wire: Wire,
+        route: Route,
+        peer: Peer,
+        *,
+        address: str,
+        window: int,
+        patience: int,
+        accepts: Sequence[str],
+    ) -> None:
+        self.peer = peer
+        self.route = route
+        self.address = address
+        self.accepts = frozenset(accepts)
+        self.since = time.monotonic()
+        self.ended = ""  # why, once it has
+        self.stores: frozenset[int] = frozenset()  # what the peer can open handles of
+        self.arrived = 0  # the number of the last message that came
+        self.taken = 0  # the number of the last message that was taken
+        self._wire = wire
+        self._window = window
+        self._patience = patience
+        self._owed = 0  # bytes of messages that were taken and not acknowledged
+        self._lock = threading.Lock()
+        self._sent = 0
+        self._unacknowledged: deque[tuple[int, float, int, Release]] = deque()
+        self._acknowledged = 0  # what the peer was told of `taken`
+
+    def send(
+        self,
+        build: Build,
+        frames: Sequence[Bytes] = (),
+        *,
+        keeps: Release,
+        nbytes: int = 0,
+    ) -> int:
+        """Number and send one message; `keeps` is called when it is acknowledged or the link ends.
+
+        build: (link, number, seen) → the message. Returns the number. `PeerGone`, or `Full` when the window
+        is used up; the message was not sent then and `keeps` is not called.
+        """
+        with self._lock:
+            if self.ended:
+                raise PeerGone(f"{self} {self.ended}")
+            if len(self._unacknowledged) >= self._window:
+                raise Full(self.overdue())
+            number = self._sent + 1
+            seen = self.taken
+            control = wire_types.encode(build(self.peer.link, number, seen))
+            self._unacknowledged.append((number, time.monotonic(), nbytes, keeps))
+            try:
+                self._wire.post(self.route, control, frames)
+            except BaseException as error:
+                self._unacknowledged.pop()
+                if isinstance(error, Busy):
+                    raise Full(f"the queue to {self} is full") from error
+                if isinstance(error, Unreachable):
+                    raise PeerGone(f"the connection to {self} is lost") from error
+                raise
+            self._sent = number
+            self._told(seen)
+            return number
+
+    def ping(self) -> None:
+        """Ask for an acknowledgement of everything, where one is missing."""
+        if self._unacknowledged:
+            with suppress(Full, PeerGone):
+                self.send(wire_types.Ping, keeps=lambda: None)
+
+    def tell(self, message: wire_types.Control) -> bool:
+        """Send a message without a number; whether it could be queued."""
+        try:
+            self._wire.post(self.route, wire_types.encode(message))
+        except (Busy, Unreachable):
+            return False
+        return True
+
+    def reachable(self) -> bool:
+        """Whether the connection is there, found out by repeating the last acknowledgement."""
+        acknowledgement = wire_types.Acknowledgement(self.peer.link, self._acknowledged)
+        try:
+            self._wire.post(self.route, wire_types.encode(acknowledgement))
+        except Unreachable:
+            return False
+        except Busy:
+            pass
+        return True
+
+    def settle(self, number: int) -> None:
+        """The peer took every message up to `number`."""
+        with self._lock:
+            settled = []
+            while self._unacknowledged and self._unacknowledged[0][0] <= number:
+                settled.append(self._unacknowledged.popleft())
+        for _, _, _, keeps in settled:
+            keeps()
+
+    def take(self, number: int, nbytes: int) -> None:
+        """A message was taken. Many or large ones are acknowledged at once, others with what is sent next."""
+        self.taken = number
+        self._owed += nbytes
+        if self._owed > self._patience or number - self._acknowledged > _FEW:
+            self.acknowledge()
+
+    def acknowledge(self) -> None:
+        """Tell the peer what was taken since it was last told; tried again later when it cannot be."""
+        if self.taken > self._acknowledged and not self.ended:
+            taken = self.taken
+            if self.tell(wire_types.Acknowledgement(self.peer.link, taken)):
+                self._told(taken)
+
+    def _told(self, seen: int) -> None:
+        self._acknowledged = seen
+        self._owed = 0
+
+    def end(self, reason: str) -> bool:
+        """The link ends: let go of what its messages kept. False when it had ended already."""
+        with self._lock:
+            if self.ended:
+                return False
+            self.ended = reason
+            left = list(self._unacknowledged)
+            self._unacknowledged.clear()
+        for _, _, _, keeps in left:
+            keeps()
+        return True
+
+    @property
+    def waiting(self) -> int:
+        """Messages that came and were not taken: the two numbers have different writers, one thread each."""
+        return self.arrived - self.taken
+
+    @property
+    def unacknowledged(self) -> int:
+        return len(self._unacknowledged)
+
+    def overdue(self) -> str:
+        """Who is late with what, since when, for a person."""
+        entries = list(self._unacknowledged)
+        if not entries:
+            return f"{self} has acknowledged everything"
+        oldest = time.monotonic() - entries[0][1]
+        nbytes = sum(entry[2] for entry in entries)
+        return (
+            f"{self} has not acknowledged {len(entries)} messages ({nbytes} bytes),"
+            f" the oldest {oldest:.1f} s old"
+        )
+
+    def __str__(self) -> str:
+        pid = f" (pid {self.peer.pid})" if self.peer.pid else ""
+        return f"{self.peer.name!r}{pid} at {self.address}"

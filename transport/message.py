@@ -1,0 +1,184 @@
+"""The wire: every control message as a `msgspec.Struct`, encoded as one msgpack frame.
+
+A link is one handshake of one peer. Each direction numbers its messages from 1 (`Data`, `Part`,
+`Abandon`, `Ping`), and each of them says in `seen` up to which number its sender has taken the other
+direction's. An `Acknowledgement` says just that. Other kinds are not numbered.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from transport.errors import ProtocolError
+from transport.tensors import TensorSpec
+
+VERSION: Final = 1
+
+Word = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Name = Annotated[str, Meta(min_length=1, max_length=64)]
+Reason = Annotated[str, Meta(max_length=500)]
+Accepts = Annotated[list[Name], Meta(max_length=64)]
+
+
+class _Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    pass
+
+
+class Hello(_Message, tag=1):
+    """From who connects: `nonce` comes back in the welcome.
+
+    window: so many messages may be unacknowledged. patience: so many bytes may wait for an
+    acknowledgement that travels with something else.
+    """
+
+    version: int
+    nonce: Word
+    name: Name
+    pid: Word
+    window: Annotated[int, Meta(ge=1)]
+    patience: Word
+    accepts: Accepts
+
+
+class Welcome(_Message, tag=2):
+    """From who listens: the link is made."""
+
+    nonce: Word
+    link: Word
+    name: Name
+    pid: Word
+    window: Annotated[int, Meta(ge=1)]
+    patience: Word
+    accepts: Accepts
+
+
+class Refused(_Message, tag=3):
+    """From who listens: no link is made."""
+
+    nonce: Word
+    reason: Reason
+
+
+class Offered(_Message, tag=4):
+    """A backend of the sender could serve this peer, if the peer proves that it can read."""
+
+    link: Word
+    backend: Name
+    offer: bytes
+
+
+class Answered(_Message, tag=5):
+    """The proof, or the reason why there is none."""
+
+    link: Word
+    backend: Name
+    proof: bytes | None
+    reason: Reason = ""
+
+
+class Settled(_Message, tag=6):
+    """The verdict on a proof: admitted when the reason is empty."""
+
+    link: Word
+    backend: Name
+    reason: Reason = ""
+
+
+class Attached(_Message, tag=7):
+    """The stores (such as ring segments) that the sender can open handles of, for hand-on."""
+
+    link: Word
+    stores: Annotated[list[Word], Meta(max_length=4096)]
+
+
+class Reference(_Message):
+    """Where one tensor of a message is."""
+
+    spec: TensorSpec
+    backend: Name
+    handle: msgspec.Raw
+
+
+class Piece(_Message):
+    """Where `nbytes` bytes of tensor `index` are, from its byte `start` on."""
+
+    index: Word
+    start: Word
+    nbytes: Word
+    backend: Name
+    handle: msgspec.Raw
+
+
+class Data(_Message, tag=8):
+    """A message: its body with the tensors taken out, and where they are."""
+
+    link: Word
+    number: Word
+    seen: Word
+    body: bytes
+    tensors: list[Reference]
+
+
+class Part(_Message, tag=9):
+    """Some bytes of a message that is too large to go at once; `sizes` of its tensors in the first one."""
+
+    link: Word
+    number: Word
+    seen: Word
+    sizes: list[Word]
+    pieces: list[Piece]
+
+
+class Abandon(_Message, tag=10):
+    """The rest of a message in parts will not come."""
+
+    link: Word
+    number: Word
+    seen: Word
+
+
+class Ping(_Message, tag=11):
+    """Nothing, numbered: its acknowledgement settles everything before it."""
+
+    link: Word
+    number: Word
+    seen: Word
+
+
+class Acknowledgement(_Message, tag=12):
+    """Every message up to `seen` was taken."""
+
+    link: Word
+    seen: Word
+
+
+class Goodbye(_Message, tag=13):
+    """The link ends here."""
+
+    link: Word
+    reason: Reason = ""
+
+
+Numbered = Data | Part | Abandon | Ping
+Control = (
+    Hello | Welcome | Refused | Offered | Answered | Settled | Attached | Numbered | Acknowledgement | Goodbye
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Control)
+
+
+def encode(message: Control) -> bytes:
+    """The one frame of a control message."""
+    return _encoder.encode(message)
+
+
+def decode(frame: bytes | memoryview) -> Control:
+    """`ProtocolError` unless the frame is a control message of this version."""
+    try:
+        return _decoder.decode(frame)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a control message: {error}") from error

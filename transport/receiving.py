@@ -1,0 +1,220 @@
+"""The receiving side of an endpoint: what came and was not taken, opening handles, putting parts together."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transport import codec
+from transport.assembly import Assembly
+from transport.backends.base import Bytes, Inbound
+from transport.config import TransportConfig
+from transport.errors import PeerGone, ProtocolError, Timeout
+from transport.link import Link
+from transport.message import Abandon, Data, Numbered, Part, Reference
+from transport.sending import PARTS
+from transport.tensors import Source, source_of, view
+
+_Waiting = tuple[Link, Numbered, Sequence[Bytes]]
+
+
+class Message:
+    """A received message. Its tensors are views of the sender's memory until the last of them is gone.
+
+    body: what was sent. sender: the peer's name. number: counted by the sender from 1, for this link.
+    Tensors in shared memory are read-only: numpy refuses to write; an in-place operation of torch (or a
+    write through `tensor.numpy()`) ends this process with SIGSEGV. Use `receive(copy=True)` or `.clone()`.
+    """
+
+    __slots__ = ("_inbounds", "_tensors", "arrays", "body", "encoded", "number", "references", "sender")
+
+    def __init__(
+        self,
+        sender: str,
+        data: Data,
+        body: Any,
+        arrays: list[Bytes],
+        tensors: list[Any],
+        inbounds: Mapping[str, Inbound],
+    ) -> None:
+        self.body = body
+        self.sender = sender
+        self.number = data.number
+        self.encoded = data.body
+        self.references = data.tensors
+        self.arrays = arrays
+        self._tensors = tensors
+        self._inbounds = inbounds
+
+    def store_of(self, reference: Reference) -> int | None:
+        """The store whose other readers can open this tensor's handle themselves."""
+        inbound = self._inbounds.get(reference.backend)
+        return None if inbound is None else inbound.store_of(bytes(reference.handle))
+
+    def source(self, index: int) -> Source:
+        """A tensor as something to be sent again."""
+        source = source_of(self._tensors[index])
+        assert source is not None  # it came as a tensor
+        return source
+
+    def __repr__(self) -> str:
+        return f"<Message {self.number} from {self.sender!r} with {len(self.references)} tensors>"
+
+
+class Receiver:
+    """One queue for all links, in the order of arrival. `finish` ends a link that broke the protocol."""
+
+    def __init__(
+        self, config: TransportConfig, inbounds: Mapping[str, Inbound], finish: Callable[[Link, str], None]
+    ) -> None:
+        self._config = config
+        self.inbounds = inbounds
+        self._finish = finish
+        self._queue: deque[_Waiting] = deque()
+        self._assemblies: dict[int, Assembly | None] = {}
+        self._receiving = threading.Lock()
+        self.counts: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    # ------------------------------------------------------------------ arrival
+
+    def arrive(self, link: Link, message: Numbered, frames: Sequence[Bytes]) -> None:
+        """A numbered message came. Nothing is opened before somebody takes it."""
+        if message.number != link.arrived + 1:
+            raise ProtocolError(f"message {message.number} follows message {link.arrived}")
+        if link.waiting >= self._config.max_queued_messages:
+            raise ProtocolError(
+                f"more than {link.waiting} messages were not waited for (max_queued_messages)"
+            )
+        link.arrived = message.number
+        self._queue.append((link, message, frames))
+
+    # ------------------------------------------------------------------ taking
+
+    def take(self, type_: Any, *, copy: bool) -> Message | None:
+        """The next message, opened and decoded; None when there is none.
+
+        `ProtocolError` and `PeerGone` for a message that cannot be opened, which is gone then;
+        `Timeout` for one that can be opened later.
+        """
+        with self._receiving:
+            while self._queue:
+                link, message, frames = self._queue[0]
+                if isinstance(message, Data):
+                    return self._take_data(link, message, frames, type_, copy=copy)
+                self._take_other(link, message, frames)
+        return None
+
+    def _take_data(
+        self, link: Link, data: Data, frames: Sequence[Bytes], type_: Any, *, copy: bool
+    ) -> Message:
+        arrays: list[Bytes] = []
+        in_parts = any(reference.backend == PARTS for reference in data.tensors)
+        self._config.emit("receive.opening", peer=link.peer.name, number=data.number)
+        try:
+            self._check_size(data)
+            for reference in data.tensors:
+                array = self._open(link, reference, frames)
+                arrays.append(array.copy() if copy else array)
+            tensors = [view(array, ref.spec) for array, ref in zip(arrays, data.tensors, strict=True)]
+            body = codec.decode(data.body, tensors, type_)
+        except Timeout:
+            raise
+        except (ProtocolError, PeerGone) as error:
+            arrays.clear()  # the traceback keeps this frame, which must not keep the sender's memory
+            self._taken(link, data.number, 0)
+            self._assembled(link, in_parts)
+            self.counts["refused"] += 1
+            raise type(error)(f"message {data.number} from {link}: {error}") from error
+        self._config.emit("receive.opened", peer=link.peer.name, number=data.number)
+        self._taken(link, data.number, sum(array.nbytes for array in arrays))
+        self._config.emit("receive.taken", peer=link.peer.name, number=data.number)
+        self._assembled(link, in_parts)
+        self.counts["messages"] += 1
+        for reference, array in zip(data.tensors, arrays, strict=True):
+            self.counts[f"bytes {reference.backend}"] += array.nbytes
+        # Of a copy nothing is open here, so that its handles cannot be handed on.
+        return Message(link.peer.name, data, body, arrays, tensors, {} if copy else self.inbounds)
+
+    def _check_size(self, data: Data) -> None:
+        config = self._config
+        if len(data.tensors) > config.max_tensors:
+            raise ProtocolError(f"{len(data.tensors)} tensors exceed max_tensors ({config.max_tensors})")
+        total = sum(reference.spec.nbytes for reference in data.tensors)
+        if total > config.max_message_bytes:
+            raise ProtocolError(f"{total} bytes exceed max_message_bytes ({config.max_message_bytes})")
+
+    def _assembled(self, link: Link, in_parts: bool) -> None:
+        """A message that came in one piece may stand between the parts of another, which go on then."""
+        if in_parts:
+            self._assemblies.pop(link.peer.link, None)
+
+    def _open(self, link: Link, reference: Reference, frames: Sequence[Bytes]) -> Bytes:
+        reference.spec.check()
+        if reference.backend == PARTS:
+            assembly = self._assemblies.get(link.peer.link)
+            if assembly is None:
+                raise ProtocolError("its parts did not all come")
+            return assembly.finished(codec.decode(bytes(reference.handle), (), int), reference.spec.nbytes)
+        return self._inbound(reference.backend).open(
+            link.peer, bytes(reference.handle), reference.spec.nbytes, frames
+        )
+
+    def _inbound(self, name: str) -> Inbound:
+        inbound = self.inbounds.get(name)
+        if inbound is None:
+            raise ProtocolError(f"this endpoint does not read the backend {name!r}")
+        return inbound
+
+    def _take_other(self, link: Link, message: Numbered, frames: Sequence[Bytes]) -> None:
+        try:
+            if isinstance(message, Part):
+                self._take_part(link, message, frames)
+            elif isinstance(message, Abandon):
+                self._assemblies.pop(link.peer.link, None)
+        except Timeout:
+            raise
+        except (ProtocolError, PeerGone):
+            self._assemblies[link.peer.link] = None  # the message itself will say so
+            self.counts["refused"] += 1
+        self._taken(link, message.number, 0)
+        link.acknowledge()  # the sender waits for it
+
+    def _take_part(self, link: Link, part: Part, frames: Sequence[Bytes]) -> None:
+        if part.sizes:
+            self._assemblies[link.peer.link] = Assembly(part.sizes, self._config)
+        assembly = self._assemblies.get(link.peer.link)
+        if assembly is None:
+            raise ProtocolError("a part of no message")
+        for piece in part.pieces:
+            array = self._inbound(piece.backend).open(link.peer, bytes(piece.handle), piece.nbytes, frames)
+            assembly.place(piece)[:] = array
+            self._config.emit("receive.part", peer=link.peer.name, number=part.number)
+            self.counts[f"bytes {piece.backend}"] += array.nbytes
+        self.counts["parts"] += 1
+
+    def _taken(self, link: Link, number: int, nbytes: int) -> None:
+        self._queue.popleft()
+        link.take(number, nbytes)
+        if link.ended and not link.waiting:
+            self.forget(link)
+
+    # ------------------------------------------------------------------ ending
+
+    def forget(self, link: Link) -> None:
+        """The link ended and nothing that came over it is left."""
+        self._assemblies.pop(link.peer.link, None)
+        for inbound in self.inbounds.values():
+            inbound.drop(link.peer)
+
+    def close(self) -> None:
+        """Drop what was not taken."""
+        with self._receiving:
+            self._queue.clear()
+            self._assemblies.clear()
+            for inbound in self.inbounds.values():
+                inbound.close()

@@ -1,0 +1,138 @@
+"""Who is linked: links by name and by route, how they begin (hello, welcome, refusal) and who left."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from transport.backends.base import Peer
+from transport.config import TransportConfig
+from transport.errors import ProtocolError
+from transport.link import Link
+from transport.message import VERSION, Hello, Refused, Welcome
+from transport.wire import Route, Wire
+
+_REMEMBER = 256
+_PATIENCE = 256 << 10
+
+
+class Roster:
+    """The links of one endpoint. A name has one living link; names travel in hello, never as zmq ids."""
+
+    def __init__(self, wire: Wire, config: TransportConfig, name: str, accepts: Sequence[str]) -> None:
+        self.name = name
+        self._wire = wire
+        self._config = config
+        self._accepts = list(accepts)
+        self._by_name: dict[str, Link] = {}
+        self._by_route: dict[Route, Link] = {}
+        self._left: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    # ------------------------------------------------------------------ beginning
+
+    def hello(self, nonce: int) -> Hello:
+        """What a connecting endpoint says first."""
+        return Hello(VERSION, nonce, self.name, os.getpid(), *self._terms())
+
+    def judge(self, hello: Hello) -> str:
+        """Why a hello must be refused; "" when it need not be."""
+        if hello.version != VERSION:
+            return f"this endpoint speaks version {VERSION}, not {hello.version}"
+        if hello.name == self.name:
+            return f"the name {hello.name!r} is this endpoint's own"
+        if len(self._by_name) >= self._config.max_peers and hello.name not in self._by_name:
+            return f"there are {len(self._by_name)} peers already (max_peers)"
+        return ""
+
+    def taken(self, holder: Link) -> str:
+        """Why a second peer of one name is refused while the first lives."""
+        seconds = time.monotonic() - holder.since
+        return f"the name {holder.peer.name!r} is taken by pid {holder.peer.pid} since {seconds:.0f} s"
+
+    def welcome(self, route: Route, hello: Hello) -> tuple[Link, Welcome]:
+        """Make the link of a hello that was judged good; the welcome is still to be sent."""
+        peer = Peer(secrets.randbits(63), hello.name, hello.pid)
+        link = self._link(route, peer, hello)
+        return link, Welcome(hello.nonce, peer.link, self.name, os.getpid(), *self._terms())
+
+    def welcomed(self, route: Route, welcome: Welcome) -> Link:
+        """Make the link of a welcome. `ProtocolError` when a living peer has that name already."""
+        if welcome.name in self._by_name:
+            raise ProtocolError(f"two peers call themselves {welcome.name!r}")
+        if any(link.peer.link == welcome.link for link in self.links()):
+            raise ProtocolError("the number of the link is not new")
+        peer = Peer(welcome.link, welcome.name, welcome.pid)
+        return self._link(route, peer, welcome)
+
+    @staticmethod
+    def refusal(hello: Hello, reason: str) -> Refused:
+        """The answer to a hello that was judged bad."""
+        return Refused(hello.nonce, reason)
+
+    def _terms(self) -> tuple[int, int, list[str]]:
+        """Window, patience, accepted backends. A small ring cannot wait long for an acknowledgement."""
+        config = self._config
+        patience = min(_PATIENCE, config.ring_bytes // 64, config.detour_bytes // 64)
+        return config.max_queued_messages, patience, self._accepts
+
+    def _link(self, route: Route, peer: Peer, greeting: Hello | Welcome) -> Link:
+        link = Link(
+            self._wire,
+            route,
+            peer,
+            address=self._wire.address(route.socket),
+            window=min(greeting.window, self._config.max_queued_messages),
+            patience=greeting.patience,
+            accepts=greeting.accepts,
+        )
+        with self._lock:
+            self._by_name[peer.name] = self._by_route[route] = link
+            self._left.pop(peer.name, None)
+        return link
+
+    # ------------------------------------------------------------------ finding
+
+    def named(self, name: str) -> Link | None:
+        """The living link of that name."""
+        return self._by_name.get(name)
+
+    def at(self, route: Route) -> Link | None:
+        """The living link on that connection."""
+        return self._by_route.get(route)
+
+    def links(self) -> list[Link]:
+        """All living links."""
+        return list(self._by_name.values())
+
+    def on(self, socket: int) -> list[Link]:
+        """The living links on one socket."""
+        return [link for link in self.links() if link.route.socket == socket]
+
+    def missing(self, name: str) -> str:
+        """Why there is no link of that name, and which there are, for a person."""
+        there = ", ".join(sorted(self._by_name)) or "nobody"
+        if name in self._left:
+            reason, when = self._left[name]
+            return f"{name!r} {reason} {time.monotonic() - when:.1f} s ago; linked: {there}"
+        return f"no peer named {name!r} is linked; linked: {there}"
+
+    def left(self) -> dict[str, str]:
+        """The peers that left last and are not back, and why."""
+        return {name: reason for name, (reason, _) in list(self._left.items())}
+
+    # ------------------------------------------------------------------ ending
+
+    def remove(self, link: Link, reason: str) -> None:
+        """A link that has ended."""
+        with self._lock:
+            self._by_route.pop(link.route, None)
+            if self._by_name.get(link.peer.name) is link:
+                del self._by_name[link.peer.name]
+            self._left[link.peer.name] = (reason, time.monotonic())
+            while len(self._left) > _REMEMBER:
+                self._left.popitem(last=False)

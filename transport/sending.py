@@ -1,0 +1,404 @@
+"""The sending side of an endpoint: encode, introduce, put, deliver; in parts when need be; hand on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Protocol
+
+import msgspec
+
+from transport import codec
+from transport.assembly import Slice, Span, plan
+from transport.backends.base import Bytes, Load, NoParcel, Outbound, Parcel, Peer, Refusal
+from transport.config import TransportConfig
+from transport.errors import Full, PeerGone, Timeout, TooLarge, TransportError
+from transport.link import Build, Link
+from transport.message import Abandon, Data, Offered, Part, Piece, Reference
+from transport.roster import Roster
+from transport.tensors import Source, TensorSpec
+from transport.waiting import attempts
+
+PARTS = "parts"  # the backend name of a tensor that came in parts
+_ANSWER_NAP = 5e-3
+_PING_EVERY = 1.0
+
+
+class Received(Protocol):
+    """What `forward` needs to know of a received message."""
+
+    encoded: bytes
+    references: list[Reference]
+    arrays: list[Bytes]
+
+    def store_of(self, reference: Reference) -> int | None:
+        """The store whose other readers can open this tensor's handle themselves."""
+
+    def source(self, index: int) -> Source:
+        """A tensor as something to be sent again."""
+
+
+class Sender:
+    """Sends bodies over links. `pump` handles what has come while this one waits; `wait` sleeps."""
+
+    def __init__(
+        self,
+        config: TransportConfig,
+        roster: Roster,
+        outbound: Outbound,
+        pump: Callable[[], None],
+        wait: Callable[[float], None],
+    ) -> None:
+        self._config = config
+        self._roster = roster
+        self.outbound = outbound
+        self._pump = pump
+        self._wait = wait
+        self._parting: dict[int, threading.Lock] = {}
+        self._offering = False
+        self._offered: dict[int, float] = {}  # by link, when
+        self._pinged = 0.0
+        self.counts: Counter[str] = Counter()
+
+    def send(self, body: object, names: Sequence[str], timeout: float) -> None:
+        """Send to every name. `PeerGone` and `Full` tell by name who has the message and who has not."""
+        deadline = time.monotonic() + timeout
+        encoded = codec.encode(body)
+        self._config.emit("send.encoded", tensors=len(encoded.sources))
+        self._check_size(encoded)
+        failed: dict[str, TransportError] = {}
+        links = self._find(names, failed)
+        if links:
+            self._send_to(encoded, links, deadline, failed)
+            self.counts["messages"] += 1
+        _report(names, failed)
+
+    def _send_to(
+        self, encoded: codec.Encoded, links: list[Link], deadline: float, failed: dict[str, TransportError]
+    ) -> None:
+        self._introduce(links, encoded.sources, deadline)
+        if _total(encoded.sources) > self._limit(links):
+            self._send_in_parts(encoded, links, deadline, failed)
+        else:
+            parcel = self._put(encoded.sources, links, deadline, failed)
+            make = partial(_data, encoded.body, [source.spec for source in encoded.sources])
+            self._deliver(parcel, links, make, _total(encoded.sources), deadline, failed)
+
+    def forward(self, message: Received, names: Sequence[str], timeout: float) -> None:
+        """Send a received message on: handles where the peer can open them itself, bytes elsewhere."""
+        deadline = time.monotonic() + timeout
+        failed: dict[str, TransportError] = {}
+        for link in self._find(names, failed):
+            self._forward_to(message, link, deadline, failed)
+            self.counts["forwarded"] += 1
+        _report(names, failed)
+
+    # ------------------------------------------------------------------ who can read
+
+    def offer_to(self, link: Link) -> None:
+        """Let a peer prove that it can read what the backend puts."""
+        backend = self.outbound.reads or self.outbound.name
+        self._offered[link.peer.link] = time.monotonic()
+        try:
+            offer = self.outbound.offer(link.peer)
+        except TransportError:
+            return  # the backend remembers why, and says it in `explain`
+        self._offering = True
+        if backend not in link.accepts:
+            self.outbound.admit(link.peer, Refusal(f"the peer does not read {backend}"))
+            return
+        link.tell(Offered(link.peer.link, backend, offer))
+        self._config.emit("admission.offered", peer=link.peer.name)
+
+    def greet(self, link: Link) -> None:
+        """A link was made: offer at once what others were offered, so that no message waits for it."""
+        if self._offering and self._wants_first_offer(link, [self._config.max_message_bytes]):
+            self.offer_to(link)
+
+    def offer_to_all(self) -> None:
+        """Offer to every peer that may soon be sent what is being made now."""
+        for link in self._roster.links():
+            if self._wants_first_offer(link, [self._config.max_message_bytes]):
+                self.offer_to(link)
+
+    def _wants_first_offer(self, link: Link, sizes: Sequence[int]) -> bool:
+        """One offer for each link: a peer that does not read must not find thousands of them."""
+        return link.peer.link not in self._offered and self.outbound.wants_offer(link.peer, sizes)
+
+    def _introduce(self, links: Sequence[Link], sources: Sequence[Source], deadline: float) -> None:
+        """Offer where a proof is wanted, and wait for the answers for a bounded time."""
+        sizes = [source.nbytes for source in sources]
+        for link in links:
+            if self._wants_first_offer(link, sizes):
+                self.offer_to(link)
+        while late := [link for link in links if self._may_answer(link, sizes)]:
+            # Since the offer, not since this call: who never answers delays one message, not every one.
+            patience = max(self._offered[link.peer.link] for link in late) + self._config.admission_timeout
+            left = min(deadline, patience) - time.monotonic()
+            if left <= 0:
+                return  # the backend goes without, or says who has not answered
+            self._wait(min(_ANSWER_NAP, left))
+            self._pump()
+
+    def _may_answer(self, link: Link, sizes: Sequence[int]) -> bool:
+        return (
+            not link.ended and link.peer.link in self._offered and self.outbound.wants_offer(link.peer, sizes)
+        )
+
+    # ------------------------------------------------------------------ put and deliver
+
+    def _find(self, names: Sequence[str], failed: dict[str, TransportError]) -> list[Link]:
+        links = []
+        for name in names:
+            link = self._roster.named(name)
+            if link is None:
+                failed[name] = PeerGone(self._roster.missing(name))
+            else:
+                links.append(link)
+        return links
+
+    def _check_size(self, encoded: codec.Encoded) -> None:
+        config, total = self._config, _total(encoded.sources)
+        if total > config.max_message_bytes:
+            raise TooLarge(f"{total} bytes of tensors exceed max_message_bytes ({config.max_message_bytes})")
+        if len(encoded.sources) > config.max_tensors:
+            raise TooLarge(f"{len(encoded.sources)} tensors exceed max_tensors ({config.max_tensors})")
+        if len(encoded.body) > config.max_control_bytes // 2:
+            raise TooLarge(
+                f"a body of {len(encoded.body)} bytes without its tensors exceeds half of"
+                f" max_control_bytes ({config.max_control_bytes}); put bulk data into tensors"
+            )
+
+    def _limit(self, links: Sequence[Link]) -> int:
+        return min(self.outbound.limit(link.peer) for link in links)
+
+    def _put(
+        self, sources: Sequence[Source], links: list[Link], deadline: float, failed: dict[str, TransportError]
+    ) -> Parcel:
+        """Put for all links; those that are too late are taken from the list and named in `failed`."""
+        while links:
+            timeout = max(0.0, deadline - time.monotonic())
+            peers = [link.peer for link in links]
+            try:
+                parcel = self.outbound.put(sources, peers, timeout=timeout, poll=self._while_waiting)
+                self._config.emit("send.put", tensors=len(sources), peers=len(peers))
+                return parcel
+            except Full as error:
+                for link in [link for link in links if link.peer.name in error.failed] or list(links):
+                    gone = PeerGone(f"{link} {link.ended}") if link.ended else None
+                    failed[link.peer.name] = gone or Full(f"{error}; {link.overdue()}")
+                    links.remove(link)
+            except TooLarge as error:
+                failed |= dict.fromkeys([link.peer.name for link in links], error.with_traceback(None))
+                links.clear()
+        return NoParcel(Load([]))
+
+    def _deliver(
+        self,
+        parcel: Parcel,
+        links: Sequence[Link],
+        make: Callable[[Load], Build],
+        nbytes: int,
+        deadline: float,
+        failed: dict[str, TransportError],
+    ) -> list[Link]:
+        """Send each link its load, or let go of what the parcel keeps for it; the links that were sent to."""
+        sent = []
+        for link in links:
+            release = partial(parcel.release, link.peer)
+            error = parcel.failed.get(link.peer)
+            if error is None:
+                load = parcel.load(link.peer)
+                try:
+                    self._post(link, make(load), load.frames, release, nbytes, deadline)
+                    sent.append(link)
+                    continue
+                except TransportError as caught:
+                    error = caught
+                except BaseException:
+                    release()
+                    raise
+            release()
+            failed[link.peer.name] = error.with_traceback(None)
+        return sent
+
+    def _post(
+        self,
+        link: Link,
+        build: Build,
+        frames: Sequence[Bytes],
+        keeps: Callable[[], None],
+        nbytes: int,
+        deadline: float,
+    ) -> None:
+        for last in attempts(deadline - time.monotonic(), self._while_waiting):
+            try:
+                number = link.send(build, frames, keeps=keeps, nbytes=nbytes)
+                self._config.emit("send.posted", peer=link.peer.name, number=number)
+                return
+            except Full:
+                if last:
+                    raise
+
+    def _while_waiting(self) -> None:
+        """Handle what has come; now and then ask for an acknowledgement of everything."""
+        self._pump()
+        now = time.monotonic()
+        if now - self._pinged > _PING_EVERY:
+            self._pinged = now
+            for link in self._roster.links():
+                link.ping()
+
+    # ------------------------------------------------------------------ messages in parts
+
+    def _send_in_parts(
+        self, encoded: codec.Encoded, links: list[Link], deadline: float, failed: dict[str, TransportError]
+    ) -> None:
+        """Each part takes its whole space at once or holds nothing; the body comes with the last message."""
+        sources, left = encoded.sources, list(links)
+        announced = [source.nbytes for source in sources]
+        with self._one_at_a_time(links, deadline), self._abandoned_unless_sent(links) as complete:
+            for spans in plan(announced, self._limit(links)):
+                slices = [Slice(sources[span.tensor], span.start, span.stop) for span in spans]
+                parcel = self._put(slices, left, deadline, failed)
+                make = partial(_part, announced, spans)
+                left = self._deliver(parcel, left, make, _total(slices), deadline, failed)
+                announced = []
+                if not left:
+                    return
+                self.counts["parts"] += 1
+            whole = NoParcel(Load([(PARTS, msgspec.msgpack.encode(index)) for index in range(len(sources))]))
+            make = partial(_data, encoded.body, [source.spec for source in sources])
+            complete += self._deliver(whole, left, make, 0, deadline, failed)
+        self.counts["messages in parts"] += 1
+
+    @contextmanager
+    def _abandoned_unless_sent(self, links: Sequence[Link]) -> Iterator[list[Link]]:
+        """Whoever is not in the list at the end, whatever happens, need not wait for the rest."""
+        complete: list[Link] = []
+        try:
+            yield complete
+        finally:
+            for link in links:
+                if link not in complete:
+                    with suppress(Full, PeerGone):  # the next message in parts starts over as well
+                        link.send(Abandon, keeps=lambda: None)
+
+    @contextmanager
+    def _one_at_a_time(self, links: Sequence[Link], deadline: float) -> Iterator[None]:
+        """Parts of two messages do not mix in a link; links in one order, so that senders cannot cross."""
+        with ExitStack() as stack:
+            for link in sorted(links, key=lambda link: link.peer.link):
+                lock = self._parting.setdefault(link.peer.link, threading.Lock())
+                if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                    raise Timeout(f"another message in parts is still being sent to {link}; {link.overdue()}")
+                stack.callback(lock.release)
+            yield
+
+    # ------------------------------------------------------------------ hand-on
+
+    def _forward_to(
+        self, message: Received, link: Link, deadline: float, failed: dict[str, TransportError]
+    ) -> None:
+        own = [
+            index
+            for index, reference in enumerate(message.references)
+            if message.store_of(reference) not in link.stores
+        ]
+        sources = [message.source(index) for index in own]
+        self._introduce([link], sources, deadline)
+        if _total(sources) > self._limit([link]):
+            everything = [message.source(index) for index in range(len(message.references))]
+            self._send_to(codec.Encoded(message.encoded, everything), [link], deadline, failed)
+            return
+        links = [link]
+        parcel = _HandedOn(message, own, self._put(sources, links, deadline, failed))
+        make = partial(_data, message.encoded, [reference.spec for reference in message.references])
+        self._deliver(parcel, links, make, _total(sources), deadline, failed)
+        self.counts["handed on"] += len(message.references) - len(own)
+
+    def forget(self, link: Link) -> None:
+        """The link has ended."""
+        self._parting.pop(link.peer.link, None)
+        self._offered.pop(link.peer.link, None)
+        self.outbound.drop(link.peer)
+
+
+class _HandedOn(Parcel):
+    """Handles of another writer's records, kept open here until the next reader has them open."""
+
+    def __init__(self, message: Received, own: Sequence[int], parcel: Parcel) -> None:
+        self._references = message.references
+        self._own = set(own)
+        self._parcel = parcel
+        self._views = [array for index, array in enumerate(message.arrays) if index not in self._own]
+        self.failed = parcel.failed
+
+    def load(self, reader: Peer) -> Load:
+        load = self._parcel.load(reader)
+        put = iter(load.handles)
+        handles = [
+            next(put) if index in self._own else (reference.backend, bytes(reference.handle))
+            for index, reference in enumerate(self._references)
+        ]
+        return Load(handles, load.frames)
+
+    def release(self, reader: Peer) -> None:
+        self._views.clear()
+        self._parcel.release(reader)
+
+
+def _total(sources: Sequence[Source]) -> int:
+    return sum(source.nbytes for source in sources)
+
+
+def _data(body: bytes, specs: Sequence[TensorSpec], load: Load) -> Build:
+    references = [
+        Reference(spec, backend, msgspec.Raw(handle))
+        for spec, (backend, handle) in zip(specs, load.handles, strict=True)
+    ]
+    return lambda link, number, seen: Data(link, number, seen, body, references)
+
+
+def _part(sizes: list[int], spans: Sequence[Span], load: Load) -> Build:
+    pieces = [
+        Piece(span.tensor, span.start, span.stop - span.start, backend, msgspec.Raw(handle))
+        for span, (backend, handle) in zip(spans, load.handles, strict=True)
+    ]
+    return lambda link, number, seen: Part(link, number, seen, sizes, pieces)
+
+
+def _report(names: Sequence[str], failed: dict[str, TransportError]) -> None:
+    """Raise what went wrong for whom, if anything did.
+
+    No frame of the traceback keeps the error: body and loans would wait for the garbage collector.
+    """
+    try:
+        if failed:
+            raise _summary(names, failed)
+    finally:
+        failed.clear()
+
+
+def _summary(names: Sequence[str], failed: Mapping[str, TransportError]) -> TransportError:
+    reasons = {name: str(error) for name, error in failed.items()}
+    if len(names) == 1:
+        error = failed[names[0]]
+        if isinstance(error, Full | PeerGone):
+            error.failed = reasons
+        return error
+    never = [error for error in failed.values() if isinstance(error, TooLarge)]
+    if len(never) == len(names):
+        return never[0]
+    delivered = [name for name in names if name not in failed]
+    text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    kind = PeerGone if any(isinstance(error, PeerGone) for error in failed.values()) else Full
+    return kind(
+        f"{len(delivered)} of {len(names)} peers have the message; {text}",
+        delivered=delivered,
+        failed=reasons,
+    )

@@ -1,0 +1,352 @@
+"""The zmq sockets of one endpoint: bind, dial, post, drain, wait. No operation here blocks but `wait`.
+
+One ROUTER for each address listened on, one DEALER for each connection made. A zmq socket is not safe
+for two threads at a time, so every operation is non-blocking under one lock that nobody waits under.
+zmq.FD is edge-triggered, and any operation on the socket may swallow the edge. So `fileno` is an epoll
+descriptor over all zmq.FDs and one eventfd, which stays readable while there is something left to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import select
+import socket as sockets
+import stat
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from transport.backends.base import Bytes
+from transport.config import TransportConfig
+from transport.errors import TooLarge, TransportError
+
+_ROUTER, _DEALER = zmq.SocketType.ROUTER, zmq.SocketType.DEALER
+_MORE = zmq.SNDMORE | zmq.NOBLOCK
+_POLLIN = int(zmq.POLLIN)
+_LONGEST_IPC_PATH = 107
+_RECEIVE_QUEUE = 128  # messages of one peer that zmq itself keeps; what is unread beyond waits over there
+_NEVER = 10 * 86_400_000  # ms; with -1, which is never, zmq throws away what came and was not read yet
+_UNNUMBERED = 64  # messages without a number that may wait for one peer
+_GONE = zmq.Event.DISCONNECTED | zmq.Event.CLOSED
+_WATCHED = _GONE | zmq.Event.CONNECTED
+
+
+class Route(NamedTuple):
+    """Where a peer is: the number of the socket, and zmq's identity of the connection on a ROUTER."""
+
+    socket: int
+    identity: bytes = b""
+
+
+class Arrived(NamedTuple):
+    """One message as it came: from where, the control frame, the payload frames."""
+
+    route: Route
+    control: bytes
+    frames: list[Bytes]
+
+
+class Unreachable(Exception):
+    """The connection is not there any more."""
+
+
+class Busy(Exception):
+    """The queue to that peer is full."""
+
+
+class Wire:
+    """All sockets of one endpoint."""
+
+    def __init__(self, config: TransportConfig) -> None:
+        self._config = config
+        self._context = zmq.Context()
+        self._lock = threading.Lock()
+        self._sockets: dict[int, zmq.Socket[bytes]] = {}
+        self._monitors: dict[int, zmq.Socket[bytes]] = {}
+        self._addresses: dict[int, str] = {}
+        self._lost: set[int] = set()
+        self._reached: set[int] = set()
+        self._next = 1
+        self._epoll = select.epoll()
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._event_lock = threading.Lock()  # a descriptor that is closed may be somebody else's already
+        self._epoll.register(self._event, select.EPOLLIN)
+        self._closed = False
+
+    # ------------------------------------------------------------------ addresses
+
+    def bind(self, address: str) -> str:
+        """Listen there; the address as others reach it (a tcp port 0 or * is filled in).
+
+        `TransportError` when the address is wrong, taken, or not allowed without encryption.
+        """
+        _check_address(address, listening=True, insecure=self._config.insecure)
+        with self._lock:
+            socket = self._socket(_ROUTER)
+            socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            try:
+                # Whoever is not of our uid is sent away even before the file has its mode.
+                socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
+                socket.bind(_bindable(address))
+                if address.startswith("ipc://"):
+                    os.chmod(address.removeprefix("ipc://"), 0o600)
+            except (zmq.ZMQError, OSError) as error:
+                socket.close(0)
+                raise TransportError(f"cannot listen at {address}: {error.strerror}") from error
+            actual = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+            self._add(socket, actual)
+            return actual
+
+    def dial(self, address: str) -> int:
+        """Connect a new socket; its number. It is not connected again when the connection is lost."""
+        _check_address(address, listening=False, insecure=self._config.insecure)
+        with self._lock:
+            socket = self._socket(_DEALER)
+            socket.setsockopt(zmq.RECONNECT_IVL, _NEVER)
+            number = self._add(socket, address)
+            try:
+                socket.connect(address)
+            except zmq.ZMQError as error:
+                self._remove(number)
+                raise TransportError(f"cannot connect to {address}: {error.strerror}") from error
+            return number
+
+    def hang_up(self, number: int) -> None:
+        """Close a socket; what is still to be sent goes out within the linger time."""
+        with self._lock:
+            self._remove(number)
+
+    def address(self, number: int) -> str:
+        """The address of a socket."""
+        return self._addresses.get(number, "")
+
+    def _socket(self, kind: zmq.SocketType) -> zmq.Socket[bytes]:
+        """A socket with its limits, which zmq takes over at bind and connect and not later."""
+        config = self._config
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, int(config.linger * 1000))
+        # Beyond our own count of unacknowledged messages: for answers to a peer that asks but never reads.
+        socket.setsockopt(zmq.SNDHWM, 2 * config.max_queued_messages + _UNNUMBERED)
+        socket.setsockopt(zmq.RCVHWM, _RECEIVE_QUEUE)
+        socket.setsockopt(zmq.MAXMSGSIZE, max(config.max_control_bytes, config.detour_bytes))
+        return socket
+
+    def _add(self, socket: zmq.Socket[bytes], address: str) -> int:
+        number = self._next
+        self._next += 1
+        monitor = socket.get_monitor_socket(_WATCHED)
+        self._sockets[number], self._monitors[number] = socket, monitor
+        self._addresses[number] = address
+        for one in (socket, monitor):
+            self._epoll.register(one.FD, select.EPOLLIN)
+        self.wake()  # what came before EVENTS was first asked for never shows at zmq.FD
+        return number
+
+    def _remove(self, number: int) -> None:
+        socket = self._sockets.pop(number, None)
+        if socket is None:
+            return
+        monitor = self._monitors.pop(number)
+        del self._addresses[number]
+        self._reached.discard(number)
+        for one in (socket, monitor):
+            with suppress(OSError):
+                self._epoll.unregister(one.FD)
+        socket.disable_monitor()
+        monitor.close(0)
+        socket.close()
+
+    # ------------------------------------------------------------------ messages
+
+    def post(self, route: Route, control: bytes, frames: Sequence[Bytes] = ()) -> None:
+        """Queue one message. `Unreachable`, `Busy` or `TooLarge`; nothing was queued then."""
+        if len(control) > self._config.max_control_bytes:
+            raise TooLarge(
+                f"a control message of {len(control)} bytes exceeds max_control_bytes"
+                f" ({self._config.max_control_bytes}); send fewer tensors at once or a smaller body"
+            )
+        parts = [route.identity, control] if route.identity else [control]
+        with self._lock:
+            socket = self._sockets.get(route.socket)
+            if socket is None:
+                raise Unreachable
+            try:
+                for part in parts[:-1]:
+                    socket.send(part, _MORE)
+                if frames:
+                    socket.send_multipart(
+                        [control, *(frame.data for frame in frames)], zmq.NOBLOCK, copy=False
+                    )
+                else:
+                    socket.send(control, zmq.NOBLOCK)
+            except zmq.Again as error:
+                raise Busy from error
+            except zmq.ZMQError as error:
+                if error.errno in (errno.EHOSTUNREACH, errno.ENOTCONN):
+                    raise Unreachable from error
+                raise
+            finally:
+                if _readable(socket):  # the operation, failed or not, may have swallowed the edge of zmq.FD
+                    self.wake()
+
+    def ready(self) -> bool:
+        """Whether there may be something to drain."""
+        return bool(self._epoll.poll(0, 1))
+
+    def drain(self, most: int) -> list[Arrived]:
+        """What has come, `most` messages for each socket at a time; `wake` is called when more is left."""
+        arrived: list[Arrived] = []
+        with self._lock:
+            for number, socket in self._sockets.items():
+                routed = socket.type == _ROUTER
+                for _ in range(most):
+                    if not _readable(socket):
+                        break
+                    arrived.append(_unpack(number, routed, socket.recv_multipart(zmq.NOBLOCK, copy=False)))
+                else:
+                    self.wake()
+                self._watch(number)
+        return arrived
+
+    def reached(self, number: int) -> bool:
+        """Whether a socket that dialled found somebody who listens."""
+        return number in self._reached
+
+    def lost(self) -> set[int]:
+        """The sockets on which a connection ended or failed since the last call."""
+        with self._lock:
+            lost, self._lost = self._lost, set()
+            return lost
+
+    def _watch(self, number: int) -> None:
+        monitor = self._monitors[number]
+        while _readable(monitor):
+            event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))["event"]
+            if event & _GONE:
+                self._lost.add(number)
+            else:
+                self._reached.add(number)
+
+    # ------------------------------------------------------------------ waiting
+
+    def fileno(self) -> int:
+        """Readable while there may be something to do; for poll, epoll and event loops."""
+        return self._epoll.fileno()
+
+    def wait(self, timeout: float) -> None:
+        """Until something may have come, or `timeout` seconds are over."""
+        with suppress(OSError, ValueError):  # interrupted, or closed by another thread
+            self._epoll.poll(max(0.0, timeout), 1)
+
+    def wake(self) -> None:
+        """Make `fileno` readable and stay so."""
+        with self._event_lock, suppress(BlockingIOError):
+            if self._event >= 0:
+                os.eventfd_write(self._event, 1)
+
+    def rest(self) -> None:
+        """Nothing that we know of is left to do: `fileno` is readable for what comes from now on."""
+        with self._event_lock, suppress(BlockingIOError):
+            if self._event >= 0:
+                os.eventfd_read(self._event)
+
+    def close(self) -> None:
+        """Close every socket; waits for what is still to be sent, for the linger time at most."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            bound = [a for n, a in self._addresses.items() if n in self._sockets and a.startswith("ipc://")]
+            routers = {self._addresses[n] for n, s in self._sockets.items() if s.type == _ROUTER}
+            for number in list(self._sockets):
+                self._remove(number)
+        self._context.term()
+        for address in bound:
+            if address in routers:
+                Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
+        self.wake()
+        self._epoll.close()
+        with self._event_lock:
+            os.close(self._event)
+            self._event = -1
+
+
+def _readable(socket: zmq.Socket[bytes]) -> bool:
+    return bool(socket.getsockopt(zmq.EVENTS) & _POLLIN)  # type: ignore[operator]  # typed for all options
+
+
+def _unpack(number: int, routed: bool, parts: Sequence[zmq.Frame]) -> Arrived:
+    route = Route(number, parts[0].bytes) if routed else Route(number)
+    rest = parts[1:] if routed else parts
+    control = rest[0].bytes if rest else b""
+    return Arrived(route, control, [np.frombuffer(frame.buffer, np.uint8) for frame in rest[1:]])
+
+
+def _bindable(address: str) -> str:
+    """As zmq wants it: any free port is `*`."""
+    is_any = address.startswith("tcp://") and address.endswith(":0")
+    return address.removesuffix("0") + "*" if is_any else address
+
+
+def _check_address(address: str, *, listening: bool, insecure: bool) -> None:
+    scheme, separator, rest = address.partition("://")
+    if not separator or scheme not in ("ipc", "tcp") or not rest:
+        raise TransportError(f"{address!r} is no address: use ipc://PATH or tcp://HOST:PORT")
+    if scheme == "ipc":
+        _check_ipc(rest, listening=listening)
+        return
+    host, colon, port = rest.rpartition(":")
+    if not colon or not host or not (port.isdigit() or (listening and port == "*")):
+        raise TransportError(f"{address!r} is no address: use tcp://HOST:PORT")
+    if listening and not insecure and not _is_loopback(host):
+        raise TransportError(
+            f"{address} is not a loopback address, and nothing here is encrypted: listen on 127.0.0.1,"
+            " or set insecure=True (--insecure) on a network that you trust"
+        )
+
+
+def _check_ipc(path: str, *, listening: bool) -> None:
+    if path.startswith(("@", "*")) or "\0" in path:
+        raise TransportError(f"ipc://{path:.200}: use a path in the file system, whose mode guards it")
+    if len(os.fsencode(path)) > _LONGEST_IPC_PATH:
+        raise TransportError(
+            f"ipc://{path}: the path is longer than {_LONGEST_IPC_PATH} bytes; use a shorter one"
+        )
+    if not listening:
+        return
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise TransportError(f"cannot listen at ipc://{path}: there is no folder {folder}")
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise TransportError(f"cannot listen at ipc://{path}: a file that is no socket is there")
+    # zmq would take the path away from a living listener.
+    if _somebody_listens(path):
+        raise TransportError(f"cannot listen at ipc://{path}: somebody is listening there already")
+
+
+def _somebody_listens(path: str) -> bool:
+    with sockets.socket(sockets.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except BlockingIOError:  # a stopped process with a full queue
+            return True
+        except OSError:
+            return False
+        return True
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
