@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import zmq
 
 from tests import leaks
 
@@ -30,6 +31,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ISOLATED] = leaks.own_shared_memory()
     resource_tracker.ensure_running()  # else the first test that spawns a process is charged for it
     config.stash[_START] = leaks.Snapshot.take()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def zmq_ready() -> None:
+    """What pyzmq opens once for the process, at the first message that it sends without a copy."""
+    with zmq.Context() as context, context.socket(zmq.PAIR) as one, context.socket(zmq.PAIR) as other:
+        one.bind("inproc://once")
+        other.connect("inproc://once")
+        one.send(bytes(1 << 20), copy=False)
+        other.recv()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -206,13 +206,13 @@ def test_close_in_another_thread_ends_a_send_that_waits_for_room(address: str, b
         pumped.next()
         pumped.stop()
         polled = threading.Event()
-        poll = front._sender._pump
+        poll = front._exchange.sender._pump
 
         def observed() -> None:
             polled.set()
             poll()
 
-        front._sender._pump = observed
+        front._exchange.sender._pump = observed
 
         def fill() -> None:
             while True:
@@ -312,7 +312,7 @@ def test_the_descriptor_stays_readable_while_messages_are_left(
 
 def test_a_send_does_not_swallow_what_came(front: transport.Endpoint, near: transport.Endpoint) -> None:
     """Any operation on a zmq socket may swallow the edge of its descriptor."""
-    link = near._roster.named("front")
+    link = near._exchange.roster.named("front")
     assert link is not None
     for number in range(10):
         settle(near)

@@ -121,13 +121,13 @@ def test_mutated_greetings(front: transport.Endpoint, monkeypatch: pytest.Monkey
     hello = wire_types.encode(
         wire_types.Hello(version=1, nonce=7, name="raw", pid=1, window=9, patience=0, accepts=["frames"])
     )
-    handle, handled = front._handle, [0]
+    handle, handled = front._exchange._handle, [0]
 
     def counting(arrived: Arrived) -> None:
         handle(arrived)
         handled[0] += 1
 
-    monkeypatch.setattr(front, "_handle", counting)
+    monkeypatch.setattr(front._exchange, "_handle", counting)
     for turn in range(10):
         with stranger(front) as raw:
             for _ in range(40):
@@ -330,7 +330,7 @@ def test_one_frame_beyond_the_limit_ends_the_connection(front: transport.Endpoin
 def test_who_asks_and_never_reads_is_not_answered_without_end(front: transport.Endpoint) -> None:
     with stranger(front) as raw:
         raw.hello()
-        link = front._roster.named("raw")
+        link = front._exchange.roster.named("raw")
         assert link is not None
         offer = wire_types.Answered(link.peer.link, "shm", None, "x" * 400)
         # Straight into the queue, since a socket's buffers take thousands of these first.
@@ -349,9 +349,9 @@ def test_a_listener_that_greets_twice_or_is_somebody_else(address: str) -> None:
         router.bind(address)
         endpoint = transport.Endpoint("r", CONFIG)
         with endpoint:
-            number = endpoint._wire.dial(address)
-            endpoint._dialling[number] = 5, None
-            endpoint._wire.post(Route(number), b"x")
+            number = endpoint._exchange.wire.dial(address)
+            endpoint._exchange._dialling[number] = 5, None
+            endpoint._exchange.wire.post(Route(number), b"x")
             identity = router.recv_multipart()[0]
             welcome = wire_types.Welcome(nonce=5, link=9, name="f", pid=1, window=9, patience=0, accepts=[])
             stale = msgspec.structs.replace(welcome, nonce=6)
@@ -362,4 +362,4 @@ def test_a_listener_that_greets_twice_or_is_somebody_else(address: str) -> None:
             until(lambda: sum(endpoint.statistics()["dropped"].values()) == 3)
             assert endpoint.statistics()["dropped"] == {"of another link": 2, "a second greeting": 1}
             assert [info.name for info in endpoint.peers] == ["f"]
-            del endpoint._dialling[number]
+            del endpoint._exchange._dialling[number]

@@ -193,7 +193,9 @@ def test_a_part_that_fails_abandons_the_message(address: str, monkeypatch: pytes
             front.send({"x": noise(9 * MIB)})
         front.send({"n": 1})
         assert pumped.next().body == {"n": 1}
-        assert near._receiver._assemblies == {}  # the half that came is given up, not kept for a next one
+        assert (
+            near._exchange.receiver._assemblies == {}
+        )  # the half that came is given up, not kept for a next one
         front.send({"x": noise(9 * MIB, 2)})
         assert same(pumped.next().body["x"], noise(9 * MIB, 2))
         pumped.stop()
@@ -234,7 +236,7 @@ def test_who_does_not_answer_an_offer_delays_one_message_and_gets_one_offer(addr
     config = small(admission_timeout=0.3)
     with transport.listen(address, config=config) as front, joined(front, "near", config) as near:
         told: list[str] = []
-        link = front._roster.named("near")
+        link = front._exchange.roster.named("near")
         assert link is not None
         tell = link.tell
 
@@ -263,7 +265,7 @@ def test_who_does_not_answer_an_offer_delays_one_message_and_gets_one_offer(addr
 def test_a_peer_without_that_backend_is_told_apart(address: str) -> None:
     shm_only = small("shm")
     with transport.listen(address, config=shm_only) as front, joined(front, "near", small("frames")) as near:
-        link = front._roster.named("near")
+        link = front._exchange.roster.named("near")
         assert link is not None
         link.accepts = frozenset({"inline", "frames"})
         with pytest.raises(transport.Full, match="not shm: the peer does not read shm"):

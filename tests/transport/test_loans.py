@@ -285,7 +285,7 @@ def test_a_peer_that_lost_the_ring_gets_the_bytes(
         front.send({"x": noise(MIB, 2)}, to="near")
         message = near.next()
         front.close()
-        link = near.endpoint._roster.named("far")
+        link = near.endpoint._exchange.roster.named("far")
         assert link is not None
         deadline = time.monotonic() + WAIT
         while link.stores:  # far says that it reads no ring any more

@@ -1,0 +1,231 @@
+"""The command `tensorferry`. What the user got wrong is one line on standard error."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from engine.config import EngineConfig
+from engine.doctor import doctor
+from engine.errors import EngineError, OutputError
+from engine.options import ConfigError, options, options_of
+from engine.ps import ps
+from engine.sweep import sweep
+from engine.top import top
+
+# Torch takes seconds to import. What needs it comes when a run begins, so that help and mistakes are quick.
+if TYPE_CHECKING:
+    from engine.results import RankStatus, Result, Statistics
+
+_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+
+
+def _version() -> str:
+    try:
+        return metadata.version("tensorferry")
+    except metadata.PackageNotFoundError:
+        return "(a checkout that is not installed)"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(_version(), message="tensorferry %(version)s")
+def tensorferry() -> None:
+    """Moves large tensors between the processes of an inference engine."""
+
+
+for command in (ps, top, sweep, doctor):
+    tensorferry.add_command(command)
+
+
+@tensorferry.command()
+@click.argument("images", nargs=-1, metavar="[IMAGES or FOLDERS]...")
+@options(EngineConfig)
+@click.option("--config", "config_file", type=Path, metavar="FILE", help="Options as TOML; flags go first.")
+@click.option("--print-config", is_flag=True, help="Print the options that hold, and where each is from.")
+@click.option("--json", "json_file", type=Path, metavar="FILE", help="Write results and figures as JSON.")
+@click.option("--output", type=Path, metavar="FILE", help="Write embeddings as .safetensors or .npz.")
+def run(
+    images: tuple[str, ...],
+    config_file: Path | None,
+    print_config: bool,
+    json_file: Path | None,
+    output: Path | None,
+    **flags: Any,
+) -> int:
+    """Encode photographs on worker processes, and show which way every byte went.
+
+    Without IMAGES, the photographs that come with scikit-image are taken.
+    """
+    config = EngineConfig.load(flags, environ=os.environ, file=config_file)
+    if print_config:
+        click.echo(config.to_toml(), nl=False)
+        return 0
+    _log_to_stderr(config.log_level)
+    _check_targets(json_file, output)
+    files = _find(images)
+    outcome = _encode(config, _repeated(files, config))
+    try:
+        _write(outcome, config, json_file, output)
+    finally:
+        _show(outcome)
+    return outcome.exit_code
+
+
+@dataclass
+class _Outcome:
+    """What a run came to, complete or not."""
+
+    results: list[Result] = field(default_factory=list)
+    ranks: list[RankStatus] = field(default_factory=list)
+    statistics: Statistics | None = None
+    error: str = ""
+    interrupted: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        if self.interrupted:
+            return _INTERRUPTED
+        return _FAILED if self.error or any(result.error for result in self.results) else 0
+
+
+def _find(images: Sequence[str]) -> list[Path]:
+    from engine.images import ImageError, find
+
+    try:
+        return find(images)
+    except ImageError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _repeated(files: list[Path], config: EngineConfig) -> list[Path]:
+    """As many images as `prompts` prompts need, taken in turn; every file once when it is 0."""
+    if not config.prompts:
+        return files
+    return list(itertools.islice(itertools.cycle(files), config.prompts * config.images_per_prompt))
+
+
+def _check_targets(json_file: Path | None, output: Path | None) -> None:
+    from engine.output import SUFFIXES, check_target
+
+    try:
+        if json_file is not None:
+            check_target(json_file)
+        if output is not None:
+            check_target(output, suffixes=SUFFIXES)
+    except OutputError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _encode(config: EngineConfig, files: list[Path]) -> _Outcome:
+    from engine.client import Engine
+
+    outcome = _Outcome()
+    with _progress() as progress:
+        task = progress.add_task("starting", total=None)
+        with Engine(config) as engine:
+            progress.update(task, description="encoding", total=len(files))
+            try:
+                for result in engine.encode(files):
+                    outcome.results.append(result)
+                    progress.advance(task)
+            except EngineError as error:
+                outcome.error = str(error)
+            except KeyboardInterrupt:
+                outcome.interrupted = True
+            outcome.ranks = engine.peers
+    outcome.statistics = engine.statistics()
+    return outcome
+
+
+def _progress() -> Progress:
+    """A bar on standard error, where that is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _write(outcome: _Outcome, config: EngineConfig, json_file: Path | None, output: Path | None) -> None:
+    from engine.output import write_json, write_tensors
+
+    assert outcome.statistics is not None
+    if json_file is not None:
+        write_json(
+            json_file,
+            outcome.results,
+            config={item.name: getattr(config, item.name) for item in options_of(EngineConfig)},
+            statistics=outcome.statistics,
+            ranks=outcome.ranks,
+            error="interrupted" if outcome.interrupted else outcome.error,
+        )
+    if output is not None:
+        write_tensors(output, outcome.results)
+
+
+def _show(outcome: _Outcome) -> None:
+    from engine.console import console
+    from engine.report import tables
+
+    assert outcome.statistics is not None
+    console().print(tables(outcome.results, outcome.statistics, outcome.ranks))
+    for result in outcome.results:
+        if result.error:
+            _say(result.error)
+    if outcome.error:
+        _say(outcome.error)
+    if outcome.interrupted:
+        _say(f"interrupted after {len(outcome.results)} images")
+
+
+class _StandardError(logging.Handler):
+    """One line for each record, to what is standard error now: the progress bar puts itself in between."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(level=level.upper(), handlers=[_StandardError()], force=True)
+
+
+def _say(message: str) -> None:
+    print(f"tensorferry: {message}", file=sys.stderr)
+
+
+def _terminated(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code: 0, 1 something failed, 2 wrong usage, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _terminated)  # so that the ranks are ended and the ring is removed
+    try:
+        code = tensorferry.main(arguments, prog_name="tensorferry", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return _USAGE
+    except click.ClickException as error:
+        _say(error.format_message())
+        return error.exit_code
+    except ConfigError as error:
+        _say(str(error))
+        return _USAGE
+    except (click.Abort, KeyboardInterrupt):
+        _say("interrupted")
+        return _INTERRUPTED
+    except EngineError as error:
+        _say(str(error))
+        return _FAILED
+    return code if isinstance(code, int) else 0

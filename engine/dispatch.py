@@ -1,0 +1,252 @@
+"""Gives requests to the ranks by the work they have outstanding, and to others when a rank dies.
+
+One thread at a time calls it; it works while it is called and needs no thread of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import transport
+from engine.errors import NoRankLeft, StartError
+from engine.job import OUTSTANDING, Job
+from engine.launch import RankProcess
+from engine.protocol import Ready, Reply
+from engine.results import RankStatus
+
+_log = logging.getLogger("tensorferry.engine")
+
+_LOOK_EVERY = 0.1
+_FATE_TIMEOUT = 1.0
+_REMEMBERED_HOPS = 10_000
+
+
+@dataclass(eq=False)
+class _Rank:
+    process: RankProcess
+    linked: bool = False
+    device: str = ""
+    gone: str = ""
+    requests: int = 0
+    outstanding: dict[int, Job] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(job.nbytes for job in self.outstanding.values())
+
+    @property
+    def free(self) -> bool:
+        return bool(self.device) and not self.gone and len(self.outstanding) < OUTSTANDING
+
+    def __str__(self) -> str:
+        return f"{self.process.name} (pid {self.process.pid})"
+
+
+class Dispatcher:
+    """Knows the ranks, what each has outstanding, and which are gone."""
+
+    def __init__(
+        self, front: transport.Endpoint, processes: Mapping[str, RankProcess], *, request_timeout: float
+    ) -> None:
+        self._front = front
+        self._ranks = {name: _Rank(process) for name, process in processes.items()}
+        self._timeout = request_timeout
+        self._again: deque[Job] = deque()
+        self.hops: deque[int] = deque(maxlen=_REMEMBERED_HOPS)
+        self.requests = 0
+        self.nbytes = 0
+
+    # ------------------------------------------------------------------ start
+
+    def wait_until_ready(self, timeout: float) -> None:
+        """Until every rank has loaded its model.
+
+        Raises:
+            StartError: a rank could not, died before, or is not ready in time.
+        """
+        deadline = time.monotonic() + timeout
+        while waiting := [rank for rank in self._ranks.values() if not rank.device]:
+            if time.monotonic() > deadline:
+                states = "; ".join(
+                    f"{rank} {'is still loading the model' if rank.linked else 'has not connected'}"
+                    for rank in waiting
+                )
+                raise StartError(f"not ready within {timeout:g} s (startup_timeout): {states}")
+            self.progress()
+            for rank in self._ranks.values():
+                if rank.gone:
+                    raise StartError(self._why_not_started(rank))
+
+    def _why_not_started(self, rank: _Rank) -> str:
+        words = rank.process.last_words()
+        said = f"; it wrote: {words}" if words else ""
+        return f"{rank} {rank.gone} before it was ready{said}"
+
+    # ------------------------------------------------------------------ work
+
+    def submit(self, job: Job) -> None:
+        """Send a job to the rank with the least outstanding, waiting until one has room.
+
+        What goes wrong with the job itself is told to its photographs.
+
+        Raises:
+            NoRankLeft: every rank has died; the job failed, too.
+        """
+        deadline = time.monotonic() + self._timeout
+        self._again.append(job)
+        self._send_waiting()
+        while job in self._again:
+            if time.monotonic() > deadline:
+                self._again.remove(job)
+                job.fail(f"no rank had room for it within {self._timeout:g} s: {self._busy()}")
+                return
+            self.progress()
+
+    def progress(self) -> None:
+        """Wait a moment for something to come, and handle all that came.
+
+        Raises:
+            NoRankLeft: every rank has died; all jobs have failed.
+        """
+        self._receive(_LOOK_EVERY)
+        while self._receive(0.0):
+            pass
+        # After receiving: an answer that a rank sent before it died counts.
+        self._look_for_gone()
+        self._look_for_overdue()
+        self._send_waiting()
+
+    def _receive(self, seconds: float) -> bool:
+        try:
+            message = self._front.receive(Ready | Reply, timeout=seconds)
+        except transport.Timeout:
+            return False
+        except (transport.ProtocolError, transport.PeerGone) as error:
+            _log.error("an answer could not be read: %s", error)
+            return True
+        rank = self._ranks.get(message.sender)
+        if rank is None:
+            _log.error("%r is none of the ranks; what it sent is ignored", message.sender)
+        elif isinstance(message.body, Reply):
+            self._answered(rank, message.body)
+        elif message.body.error:
+            raise StartError(f"{rank} could not start: {message.body.error}")
+        else:
+            rank.device = message.body.device
+        return True
+
+    def _answered(self, rank: _Rank, reply: Reply) -> None:
+        job = rank.outstanding.pop(reply.id, None)
+        if job is None:
+            _log.error("%s answers request %d, which it doesn't have; ignored", rank, reply.id)
+            return
+        rank.requests += 1
+        self.requests += 1
+        self.hops.append(reply.hop_ns)
+        job.settle(reply.embeddings, {place: f"{rank}: {why}" for place, why in reply.errors.items()})
+
+    def _send_waiting(self) -> None:
+        while self._again:
+            free = [rank for rank in self._ranks.values() if rank.free]
+            if not free:
+                return
+            # Equal ranks take turns, so that a slow start of one doesn't leave the others idle.
+            rank = min(free, key=lambda rank: (rank.nbytes, rank.requests))
+            job = self._again[0]
+            if self._send(job, rank):
+                self._again.popleft()
+
+    def _send(self, job: Job, rank: _Rank) -> bool:
+        """Whether the job is done with, sent or failed; False when the rank is gone."""
+        job.rank, job.sent = rank.process.name, time.monotonic()
+        try:
+            job.prepare()
+            self._front.send(job.request(), to=job.rank, timeout=self._timeout)
+        except transport.TransportError as error:
+            self._look_for_gone()
+            if isinstance(error, transport.PeerGone) and rank.gone:
+                return False
+            job.fail(f"could not be sent to {rank}: {error}")
+            return True
+        job.tensors = []
+        rank.outstanding[job.id] = job
+        self.nbytes += job.nbytes
+        return True
+
+    # ------------------------------------------------------------------ who is gone or late
+
+    def _look_for_gone(self) -> None:
+        linked = {peer.name for peer in self._front.peers}
+        for name, rank in self._ranks.items():
+            if name in linked:
+                rank.linked = True
+            elif not rank.gone and (rank.linked or not rank.process.running):
+                self._lose(rank)
+        if self._ranks and all(rank.gone for rank in self._ranks.values()) and self._had_started():
+            self._give_up()
+
+    def _had_started(self) -> bool:
+        return any(rank.device for rank in self._ranks.values())
+
+    def _lose(self, rank: _Rank) -> None:
+        # The connection ends a moment before the process can be asked how it ended.
+        rank.process.wait(_FATE_TIMEOUT)
+        name = rank.process.name
+        rank.gone = rank.process.fate() or self._front.statistics()["left"].get(name, "is gone")
+        orphans = [job for job in rank.outstanding.values() if not job.settled]
+        rank.outstanding.clear()
+        if rank.device:
+            _log.error("%s %s; %d requests go to the others", rank, rank.gone, len(orphans))
+        for job in orphans:
+            if job.lost:
+                job.fail(f"{' and '.join([*job.lost, f'{rank} {rank.gone}'])} while it had this request")
+            else:
+                job.lost.append(f"{rank} {rank.gone}")
+                self._again.append(job)
+
+    def _give_up(self) -> None:
+        reasons = "; ".join(f"{rank} {rank.gone}" for rank in self._ranks.values())
+        while self._again:
+            self._again.popleft().fail(f"no rank is left: {reasons}")
+        raise NoRankLeft(f"no rank is left: {reasons}")
+
+    def _look_for_overdue(self) -> None:
+        latest = time.monotonic() - self._timeout
+        for rank in self._ranks.values():
+            for job in rank.outstanding.values():
+                if job.sent < latest and not job.settled:
+                    # It stays outstanding: slow is not dead, and the rank still has it to do.
+                    job.fail(f"{rank} has not answered within {self._timeout:g} s (request_timeout)")
+                    _log.error("%s has not answered a request within %g s", rank, self._timeout)
+
+    def _busy(self) -> str:
+        now = time.monotonic()
+        return ", ".join(
+            f"{rank} has {len(rank.outstanding)} requests, the oldest for {now - oldest:.0f} s"
+            for rank in self._ranks.values()
+            if (oldest := min((job.sent for job in rank.outstanding.values()), default=0.0))
+        )
+
+    def status(self) -> list[RankStatus]:
+        """Every rank, those that are gone included."""
+        peers = {peer.name: peer for peer in self._front.peers}
+        found = []
+        for name, rank in self._ranks.items():
+            peer = peers.get(name)
+            found.append(
+                RankStatus(
+                    name=name,
+                    pid=rank.process.pid,
+                    address=peer.address if peer else "",
+                    device=rank.device,
+                    backend=peer.backend if peer else "",
+                    requests=rank.requests,
+                    outstanding=len(rank.outstanding),
+                    error=rank.gone,
+                )
+            )
+        return found

@@ -1,0 +1,177 @@
+"""Starts ranks as processes of this host and ends them: politely, then by SIGTERM, then by SIGKILL."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from engine.config import EngineConfig
+from engine.errors import StartError
+
+# Longest path of a Unix socket, of which the folder leaves room for the file's name.
+_LONGEST_FOLDER = 107 - len("/front.sock")
+_LAST_WORDS = 20
+_POLITE, _TERMINATE, _KILL = 5.0, 2.0, 10.0
+
+
+class RankProcess:
+    """One rank's process. What it writes appears on our standard error, each line after its name."""
+
+    def __init__(self, name: str, address: str, config: Path) -> None:
+        self.name = name
+        # -P: a folder or file called `engine` where the user happens to be must not be taken for ours.
+        command = [sys.executable, "-P", "-m", "engine.worker"]
+        self._process = subprocess.Popen(
+            [*command, "--name", name, "--address", address, "--config", str(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
+            process_group=0,  # Ctrl-C is for the front end, which ends its ranks
+        )
+        self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
+        self._reader = threading.Thread(target=self._forward_output, name=f"output of {name}", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def fate(self) -> str:
+        """How the process ended, in words; "" while it runs."""
+        code = self._process.poll()
+        if code is None:
+            return ""
+        if code < 0:
+            return f"was killed by {_signal_name(-code)}"
+        return "exited" if code == 0 else f"exited with code {code}"
+
+    def last_words(self) -> str:
+        """The last line that it wrote, once it has ended."""
+        self._reader.join(timeout=1.0)
+        return self._last_words[-1] if self._last_words else ""
+
+    def wait(self, timeout: float) -> bool:
+        """Whether it ended within `timeout` seconds."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, timeout))
+        return not self.running
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Signal this process, and no other that has its pid by now."""
+        self._process.send_signal(number)
+
+    def finish(self) -> None:
+        """Give back what is left of an ended process: its pipe and the thread that reads it."""
+        self._reader.join(timeout=1.0)
+        assert self._process.stdout is not None
+        # A grandchild may keep the other end open: then the daemon thread keeps the pipe.
+        if not self._reader.is_alive():
+            self._process.stdout.close()
+
+    def _forward_output(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            text = line.decode(errors="replace").rstrip()
+            self._last_words.append(text)
+            print(f"[{self.name}] {text}", file=sys.stderr, flush=True)
+
+
+class Ranks:
+    """The ranks of this host, `rank0` to `rankN-1`, and the private folder with the socket they come to."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._folder = private_folder()
+        self.address = f"ipc://{self._folder}/front.sock"
+        self.processes: dict[str, RankProcess] = {}
+
+    def start(self) -> None:
+        """Start every rank. They come to `address`; nobody has been waited for when this returns.
+
+        Raises:
+            StartError: the system refuses to make a process; what was started is still to be stopped.
+        """
+        file = self._folder / "config.toml"
+        file.write_text(self._config.to_toml(), encoding="utf-8")
+        for number in range(self._config.data_parallel_size):
+            name = f"rank{number}"
+            try:
+                self.processes[name] = RankProcess(name, self.address, file)
+            except OSError as error:
+                raise StartError(f"{name} could not be started: {error}") from error
+
+    def stop(self, *, polite: bool = True) -> None:
+        """End every process that still runs, and remove the folder.
+
+        polite: they were asked to leave; give them a few seconds before SIGTERM.
+        """
+        try:
+            running = self._wait(_POLITE if polite else 0.0)
+            running = self._signal(running, signal.SIGTERM, _TERMINATE)
+        except KeyboardInterrupt:  # a second Ctrl-C: no more patience, but nothing is left behind
+            running = self._running()
+        self._signal(running, signal.SIGKILL, _KILL)
+        for process in self.processes.values():
+            process.finish()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _running(self) -> list[RankProcess]:
+        return [process for process in self.processes.values() if process.running]
+
+    def _wait(self, seconds: float) -> list[RankProcess]:
+        deadline = time.monotonic() + seconds
+        return [process for process in self._running() if not process.wait(deadline - time.monotonic())]
+
+    def _signal(
+        self, running: Sequence[RankProcess], number: signal.Signals, seconds: float
+    ) -> list[RankProcess]:
+        for process in running:
+            process.send_signal(number)
+        return self._wait(seconds) if running else []
+
+
+def private_folder() -> Path:
+    """Make an empty folder that only this user may enter, with a path short enough for a socket in it.
+
+    Raises:
+        StartError: nowhere is such a folder possible.
+    """
+    tried = []
+    for parent in dict.fromkeys((os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp")):
+        if not parent or len(os.fsencode(parent)) + len("/tensorferry-12345678") > _LONGEST_FOLDER:
+            continue
+        try:
+            return Path(tempfile.mkdtemp(prefix="tensorferry-", dir=parent))  # 0700
+        except OSError as error:
+            tried.append(f"{parent}: {error.strerror}")
+    raise StartError(
+        f"no folder for the socket of the ranks ({'; '.join(tried)}); set TMPDIR to a short path"
+    )
+
+
+def _environment() -> dict[str, str]:
+    """Ours, and our search path: what can be imported here, `--model` for one, can be there."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    # TENSORFERRY_* has gone into the configuration file already.
+    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def _signal_name(number: int) -> str:
+    with suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"

@@ -1,0 +1,59 @@
+"""What the front end and the ranks say to each other, and the transport they say it over."""
+
+from __future__ import annotations
+
+import msgspec
+import torch
+
+import transport
+from engine.config import EngineConfig
+
+FRONT = "front"
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """From a rank, once: its model is loaded. With `error` it can't serve, and leaves."""
+
+    device: str = ""
+    error: str = ""
+
+
+class Request(msgspec.Struct, tag=True, frozen=True):
+    """To a rank: photographs of one prompt.
+
+    pixel_values: float32 `[patches, 1176]` for each; grids: their patches in time, height and width.
+    sent_ns: the monotonic clock, one for all processes of a host, just before the send.
+    """
+
+    id: int
+    pixel_values: list[torch.Tensor]
+    grids: list[tuple[int, int, int]]
+    sent_ns: int
+
+
+class Stop(msgspec.Struct, tag=True, frozen=True):
+    """To a rank: finish what you have and leave."""
+
+
+class Reply(msgspec.Struct, tag=True, frozen=True):
+    """From a rank: the embedding or the error of every photograph of a request, by its place in it.
+
+    hop_ns: from the send call of the front end until the tensors were open here.
+    """
+
+    id: int
+    embeddings: dict[int, torch.Tensor]
+    errors: dict[int, str]
+    hop_ns: int
+
+
+def transport_config(config: EngineConfig, *, replies: bool = False) -> transport.TransportConfig:
+    """The transport's settings. `replies`: those of a rank, whose small answers need no ring of its own."""
+    backend = config.tensor_transport
+    return transport.TransportConfig(
+        backend="auto" if replies and backend == "shm" else backend,
+        ring_bytes=config.ring_bytes,
+        inline_below=config.inline_below,
+        peer_share=config.peer_share,
+        copy_threads=config.copy_threads,
+    )

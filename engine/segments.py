@@ -1,0 +1,112 @@
+"""How segments are found by a few letters of their name and shown as tables, by `ps` and `top`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+import click
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+import shm
+
+
+def all_segments() -> list[shm.SegmentInfo]:
+    """What there is to say about every segment of this user."""
+    found = []
+    for name in shm.names():
+        with suppress(shm.SegmentMissing):  # gone since the listing
+            found.append(shm.describe(name))
+    return found
+
+
+def find(beginning: str) -> str:
+    """The one segment whose name, or the hexadecimal end of it, begins so; `click.UsageError` else."""
+    known = shm.names()
+    fits = [name for name in known if name.startswith(beginning) or name.split(".")[2].startswith(beginning)]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise click.UsageError(f"{beginning!r} may be any of {', '.join(fits)}")
+    raise click.UsageError(f"no segment begins with {beginning!r}; there are: {', '.join(known) or 'none'}")
+
+
+def segments_tables(segments: Sequence[shm.SegmentInfo], *, full_names: bool) -> RenderableType:
+    """The segments and who reads them, named in full or by eight letters, which fits 80 columns."""
+    names = [info.name if full_names else info.name.split(".")[2][:8] for info in segments]
+    tables = [_owners(names, segments)]
+    if any(info.readers for info in segments):
+        tables.append(_readers(names, segments))
+    return Group(*tables)
+
+
+def _owners(names: Sequence[str], segments: Sequence[shm.SegmentInfo]) -> Table:
+    table = _table("segment", "owner", right=("used", "of", "largest\nfree", "in memory", "records"))
+    for name, info in zip(names, segments, strict=True):
+        sizes = map(shm.human, (info.used, info.capacity, info.largest_free, info.nbytes))
+        table.add_row(name, _owner(info), *sizes, str(info.live))
+    return table
+
+
+def _readers(names: Sequence[str], segments: Sequence[shm.SegmentInfo]) -> Table:
+    table = _table("segment", "reader", right=("pid", "open", "size", "oldest", "not opened"))
+    for name, info in zip(names, segments, strict=True):
+        for reader in info.readers:
+            figures = (
+                str(reader.opened),
+                shm.human(reader.nbytes),
+                _seconds(reader.oldest),
+                str(reader.pending),
+            )
+            table.add_row(name, escape(reader.name), str(reader.pid), *figures)
+    return table
+
+
+def records_table(records: Sequence[shm.RecordInfo]) -> Table:
+    """A row for each record, by address."""
+    table = _table(right=("slot", "generation", "offset", "size", "age"))
+    table.add_column("readers", overflow="fold")
+    for record in records:
+        part = "" if record.filled == record.nbytes else f" ({shm.human(record.filled)} filled)"
+        table.add_row(
+            str(record.slot),
+            str(record.generation),
+            f"{record.offset:#x}",
+            shm.human(record.nbytes) + part,
+            _seconds(record.age),
+            "\n".join(map(_state, record.readers)) or "none has opened it",
+        )
+    return table
+
+
+def _table(*left: str, right: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="dim")
+    for name in left:
+        table.add_column(name, no_wrap=True)
+    for name in right:
+        table.add_column(name, no_wrap=True, justify="right")
+    return table
+
+
+def _owner(info: shm.SegmentInfo) -> Text:
+    if not info.alive:
+        return Text(f"{info.pid} dead", style="red")
+    return Text(f"{info.pid} {info.program}".rstrip())
+
+
+def _state(reader: shm.RecordReader) -> str:
+    since = f" for {_seconds(reader.seconds)}" if reader.state == "open" else ""
+    return escape(f"{reader.name} (pid {reader.pid}): {reader.state}{since}")
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 600:
+        return f"{seconds:.1f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.0f} min" if hours < 10 else f"{hours:.0f} h"

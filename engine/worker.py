@@ -1,0 +1,178 @@
+"""One rank: takes photographs out of the front end's ring, runs the model on them, sends embeddings back.
+
+`python -m engine.worker --name rank0 --address ipc://… --config FILE`, started by `engine.launch`.
+
+One thread receives, so that a request is open (and on a GPU will be staged) while the model works on the
+one before; the main thread runs the model. How much may wait here is the front end's decision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import transport
+from engine.config import EngineConfig
+from engine.model import Batch, Model, ModelError, load_model
+from engine.options import ConfigError
+from engine.protocol import FRONT, Ready, Reply, Request, Stop, transport_config
+from engine.staging import choose_device, stage
+
+_log = logging.getLogger("tensorferry.worker")
+
+# Nothing has to come in this time; it bounds one wait, after which the next begins.
+_WAIT = 10.0
+_SEND_TIMEOUT = 30.0
+# How long the model may still compute for nobody.
+_ORPHAN_GRACE = 10.0
+
+
+class _Opened(NamedTuple):
+    """A request whose tensors are open here, and when they were."""
+
+    request: Request
+    opened_ns: int
+
+
+class Worker:
+    """A loaded model and the link to the front end."""
+
+    def __init__(self, endpoint: transport.Endpoint, model: Model, device: torch.device) -> None:
+        self._endpoint = endpoint
+        self._model = model
+        self._device = device
+        self._opened: queue.SimpleQueue[_Opened | None] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        """Answer requests until the front end says stop or goes."""
+        threading.Thread(target=self._receive, name="tensorferry-receive", daemon=True).start()
+        self._endpoint.send(Ready(device=str(self._device)), to=FRONT, timeout=_SEND_TIMEOUT)
+        while (opened := self._opened.get()) is not None:
+            reply = self._answer(opened)
+            # Before the next wait, which may be long: the views keep the ring's memory.
+            del opened
+            self._endpoint.send(reply, to=FRONT, timeout=_SEND_TIMEOUT)
+
+    def _receive(self) -> None:
+        try:
+            self._take_requests()
+        except transport.TransportError as error:
+            _log.info("leaving: %s", error)
+        finally:
+            self._opened.put(None)
+        # A forward pass that never ends must not keep an orphan alive.
+        time.sleep(_ORPHAN_GRACE)
+        os._exit(1)
+
+    def _take_requests(self) -> None:
+        while True:
+            try:
+                message = self._endpoint.receive(Request | Stop, timeout=_WAIT)
+            except transport.Timeout:
+                continue
+            except transport.ProtocolError as error:  # one message is lost, the link is good
+                _log.error("a request could not be read: %s", error)
+                continue
+            if isinstance(message.body, Stop):
+                return
+            self._opened.put(_Opened(message.body, time.monotonic_ns()))
+            del message
+
+    def _answer(self, opened: _Opened) -> Reply:
+        request = opened.request
+        places = list(range(len(request.pixel_values)))
+        errors: dict[int, str] = {}
+        try:
+            embeddings = self._encode(request, places)
+        except Exception as error:  # noqa: BLE001  # a model may raise anything; the loop goes on
+            embeddings, errors = self._one_by_one(request, error)
+        hop_ns = opened.opened_ns - request.sent_ns
+        return Reply(id=request.id, embeddings=embeddings, errors=errors, hop_ns=hop_ns)
+
+    def _one_by_one(
+        self, request: Request, error: Exception
+    ) -> tuple[dict[int, torch.Tensor], dict[int, str]]:
+        """The batch failed: find out which photographs are to blame, and answer for the others."""
+        if len(request.pixel_values) == 1:
+            return {}, {0: _named(error)}
+        embeddings: dict[int, torch.Tensor] = {}
+        errors: dict[int, str] = {}
+        for place in range(len(request.pixel_values)):
+            try:
+                embeddings |= self._encode(request, [place])
+            except Exception as alone:  # noqa: BLE001  # as above
+                errors[place] = _named(alone)
+        return embeddings, errors
+
+    def _encode(self, request: Request, places: Sequence[int]) -> dict[int, torch.Tensor]:
+        batch = Batch(
+            pixel_values=[stage(request.pixel_values[place], self._device) for place in places],
+            grid_thw=torch.tensor([request.grids[place] for place in places], dtype=torch.int64).view(-1, 3),
+        )
+        embeddings = self._model.forward(batch).embeddings.detach().cpu()
+        if embeddings.ndim != 2 or len(embeddings) != len(places):
+            raise ModelError(
+                f"the model returned embeddings {list(embeddings.shape)} for {len(places)} images; "
+                f"they must be [{len(places)}, dim]"
+            )
+        return dict(zip(places, embeddings, strict=True))
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def serve(name: str, address: str, config: EngineConfig) -> int:
+    """Run one rank; the process's exit code."""
+    # Ranks on one host share its cores; each taking all of them makes every one slow.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.data_parallel_size))
+    settings = transport_config(config, replies=True)
+    with transport.connect(address, name=name, config=settings) as endpoint:
+        try:
+            device = choose_device(config.device)
+            model = load_model(config.model)
+            model.load(device=device, seed=config.seed)
+        except Exception as error:  # noqa: BLE001  # whatever it was, the front end must hear of it
+            expected = isinstance(error, ModelError | ValueError)
+            endpoint.send(Ready(error=str(error) if expected else _named(error)), to=FRONT)
+            return 1
+        Worker(endpoint, model, device).run()
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of one rank."""
+    faulthandler.enable()  # writing into a view of the ring is SIGSEGV; this shows where
+    # So that `with` gives everything back; it is raised between two steps of the main thread.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    parser = argparse.ArgumentParser(prog="python -m engine.worker", description=__doc__)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--config", required=True, type=Path)
+    given = parser.parse_args(arguments)
+    try:
+        config = EngineConfig.load({}, environ={}, file=given.config)
+        logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+        return serve(given.name, given.address, config)
+    except (ConfigError, transport.TransportError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    finally:
+        # All is given back; what Python does at exit should not be disturbed by an exception.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

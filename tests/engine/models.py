@@ -1,0 +1,48 @@
+"""Models that the engine's tests name with --model: quick ones, and ones that fail in a certain way."""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import torch
+
+from engine.model import Batch, Outputs
+
+
+def checksum(pixels: torch.Tensor) -> list[float]:
+    """CRC-32 of all bytes and the number of patches, in numbers that float32 holds exactly."""
+    crc = zlib.crc32(pixels.numpy().data)
+    return [float(crc >> 16), float(crc & 0xFFFF), float(len(pixels))]
+
+
+class Checksum:
+    """Every byte counts in its embeddings; takes no time."""
+
+    def load(self, *, device: torch.device, seed: int) -> None:
+        return
+
+    def forward(self, batch: Batch) -> Outputs:
+        return Outputs(torch.tensor([checksum(pixels) for pixels in batch.pixel_values]))
+
+
+class Picky(Checksum):
+    """Refuses photographs taller than wide, answers square ones wrongly, says when it is at work."""
+
+    def forward(self, batch: Batch) -> Outputs:
+        print(f"{len(batch.pixel_values)} photographs", flush=True)
+        embeddings = super().forward(batch).embeddings
+        for _, height, width in batch.grid_thw.tolist():
+            if height > width:
+                raise ValueError(f"{height} patches are too tall for {width}")
+            if height == width:
+                embeddings = embeddings.flatten()
+        return Outputs(embeddings)
+
+
+class DiesInLoad(Checksum):
+    """Ends its process before it is ready."""
+
+    def load(self, *, device: torch.device, seed: int) -> None:
+        print("no such luck", flush=True)
+        os._exit(7)

@@ -1,0 +1,186 @@
+"""The command `tensorferry`: tables, files, exit codes, and one clear line for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from engine import EngineConfig
+from tests.engine.pictures import expected, picture, save
+from tests.engine.processes import python, ran
+
+QUICK = ["--model", "tests.engine.models:Checksum", "--inline-below-kb", "0"]
+
+
+def tensorferry(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    return ran(["-m", "engine", *map(str, arguments)], {**os.environ, **environ})
+
+
+def one_line(finished: subprocess.CompletedProcess[str], code: int) -> str:
+    """What a command that failed said: nothing on standard output, one line without a traceback."""
+    assert (finished.returncode, finished.stdout) == (code, "")
+    assert finished.stderr.startswith("tensorferry: ")
+    assert finished.stderr.count("\n") == 1, finished.stderr
+    return finished.stderr
+
+
+class TestRun:
+    def test_shows_what_happened_and_writes_it_down(self, tmp_path: Path) -> None:
+        paths = save(tmp_path, 5)
+        paths.append(paths[0])  # three prompts of two are one image more than there are
+        document, arrays = tmp_path / "out.json", tmp_path / "out.npz"
+        options = [*QUICK, "-dp", "2", "--images-per-prompt", "2", "--prompts", "3"]
+        done = tensorferry("run", tmp_path, *options, "--json", document, "--output", arrays)
+        assert (done.returncode, done.stderr) == (0, "")
+        words = " ".join(done.stdout.split())
+        nbytes = 6 * 4 * 6 * 1176 * 4
+        for expectation in (
+            f"images in {tmp_path} ",
+            "0.png 24 × 1176 ",
+            "requests 3 images 6 image bytes 661.5 KiB bytes by backend shm 661.5 KiB",
+            "copies per tensor 1.00 detours none",
+            "hop latency p50 ",
+            "KiB of 1 GiB",
+            "shm: the peer proved that it maps the ring",
+        ):
+            assert expectation in words
+        written = json.loads(document.read_text())
+        assert written["error"] == ""
+        assert [result["file"] for result in written["results"]] == list(map(str, paths))
+        assert written["statistics"]["bytes_by_backend"] == {"shm": nbytes}
+        assert written["config"]["data_parallel_size"] == 2
+        assert [rank["name"] for rank in written["ranks"]] == ["rank0", "rank1"]
+        with np.load(arrays, allow_pickle=False) as archive:
+            assert archive["names"].tolist() == list(map(str, paths))
+            assert archive["index"].tolist() == list(range(6))
+            assert archive["grid_thw"].tolist() == [[1, 4, 6]] * 6
+            for row, result in zip(archive["embeddings"], written["results"], strict=True):
+                image = picture(result["index"] % 5)
+                assert row.tolist() == expected(image).tolist() == result["embedding"]
+                assert result["norm"] == pytest.approx(float(np.linalg.norm(row)))
+
+    def test_keeps_what_succeeded_when_an_image_fails(self, tmp_path: Path) -> None:
+        good, bad = save(tmp_path, 2)
+        bad.write_bytes(bad.read_bytes()[:300])
+        text = tmp_path / "notes.txt"
+        text.write_text("no image")
+        output = tmp_path / "out.safetensors"
+        done = tensorferry("run", good, bad, text, good, *QUICK, "--output", output)
+        assert done.returncode == 1
+        assert done.stdout.count("failed") == 3  # one for each of the two, and their number
+        lines = done.stderr.splitlines()
+        assert len(lines) == 2
+        assert lines[0].startswith(f"tensorferry: {bad}: not a readable image: ")
+        assert lines[1].startswith(f"tensorferry: {text}: not a readable image: ")
+        with safe_open(output, framework="pt") as file:
+            assert json.loads(file.metadata()["names"]) == [str(good)] * 2
+            assert file.get_tensor("index").tolist() == [0, 3]
+            for row in file.get_tensor("embeddings"):
+                assert row.equal(expected(picture(0)))
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "0.png",
+            "1.png",
+            "notes.txt",
+            "out.safetensors",
+        ]
+
+    def test_an_interrupt_ends_everything_and_keeps_what_was_done(self, tmp_path: Path) -> None:
+        (path,) = save(tmp_path, 1)
+        document = tmp_path / "out.json"
+        command = ["run", str(path), "--model", "tests.engine.models:Picky", "--prompts", "100000"]
+        with python("-m", "engine", *command, "--json", str(document)) as running:
+            assert running.stderr is not None
+            for _ in range(5):
+                assert running.stderr.readline() == "[rank0] 4 photographs\n"
+            running.send_signal(signal.SIGINT)
+            shown, said = running.communicate()
+        assert running.returncode == 130
+        results = json.loads(document.read_text())["results"]
+        assert f"tensorferry: interrupted after {len(results)} images\n" in said
+        assert "Traceback" not in said
+        assert not any(result["error"] for result in results)
+        assert "copies per tensor" in shown
+
+    def test_a_ring_that_does_not_fit_says_how_to_get_more(self, tmp_path: Path) -> None:
+        (path,) = save(tmp_path, 1)
+        line = one_line(tensorferry("run", path, "--tensor-transport", "shm", "--shm-ring-gb", "1e6"), 1)
+        assert "/dev/shm has" in line
+        assert "--shm-size" in line
+
+
+class TestUsage:
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["run", "--shm-ring", "2"], "--shm-ring-gb"),
+            (["run", "--tensor-transport", "smh"], "must be one of auto, shm, frames, inline"),
+            (["run", "--prompts", "many"], "prompts = 'many' (flag --prompts): must be a whole number"),
+            (["run", "--config", "nowhere.toml"], "file 'nowhere.toml' can't be read: No such file"),
+            (["run", "--json"], "requires an argument"),
+            (["run", "nowhere.jpg"], "nowhere.jpg: no such file or folder"),
+            (["run", "docs"], "docs: no images in this folder"),
+            (["run", "--json", "nowhere/out.json"], "nowhere/out.json: there is no folder nowhere"),
+            (["run", "--json", "docs"], "docs is a folder"),
+            (["run", "--output", "out.pt"], "out.pt: its name must end in .safetensors or .npz"),
+            (["rum"], "Did you mean 'run'?"),
+        ],
+    )
+    def test_a_mistake_is_one_line_and_exit_code_2(self, arguments: list[str], said: str) -> None:
+        assert said in one_line(tensorferry(*arguments), 2)
+
+    def test_an_unknown_variable_is_refused_with_the_nearest_name(self) -> None:
+        line = one_line(tensorferry("run", TENSORFERRY_SED="1"), 2)
+        assert "did you mean TENSORFERRY_SEED?" in line
+
+    def test_print_config_is_a_file_that_says_the_same(self, tmp_path: Path) -> None:
+        file = tmp_path / "a.toml"
+        printed = tensorferry("run", "-dp", "3", "--print-config", TENSORFERRY_SEED="5").stdout
+        file.write_text(printed)
+        config = EngineConfig.load({}, environ={}, file=file)
+        assert config == EngineConfig(data_parallel_size=3, seed=5)
+        assert "data_parallel_size = 3  # flag --data-parallel-size" in printed
+        assert "seed = 5  # environment TENSORFERRY_SEED" in printed
+        assert tensorferry("run", "--config", file, "--print-config").returncode == 0
+
+    def test_help_names_every_option(self) -> None:
+        shown = tensorferry("run", "--help").stdout
+        for flag in (
+            "--tensor-transport",
+            "--shm-ring-gb",
+            "--data-parallel-size",
+            "--print-config",
+            "--output",
+        ):
+            assert flag in shown
+
+    def test_version(self) -> None:
+        done = tensorferry("--version")
+        assert done.returncode == 0
+        assert done.stdout.startswith("tensorferry ")
+
+
+class TestSegments:
+    def test_ps_and_sweep_see_the_living_and_the_dead(self) -> None:
+        script = (
+            "import shm, time; ring = shm.RingWriter(1 << 20); print(ring.name, flush=True); time.sleep(600)"
+        )
+        with python("-c", script) as owner:
+            assert owner.stdout is not None
+            name = owner.stdout.readline().strip()
+            (listed,) = [
+                info for info in json.loads(tensorferry("ps", "--json").stdout) if info["name"] == name
+            ]
+            assert (listed["alive"], listed["pid"], listed["capacity"]) == (True, owner.pid, 1 << 20)
+            assert name in tensorferry("ps").stdout
+            assert name not in json.loads(tensorferry("sweep", "--json").stdout)["segments"]
+            owner.kill()
+        assert f"would remove {name}\n" in tensorferry("sweep", "--dry-run").stdout
+        assert f"removed {name}\n" in tensorferry("sweep").stdout
+        assert name not in tensorferry("ps").stdout

@@ -1,0 +1,37 @@
+"""The README's code runs as it stands there, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tests.engine.processes import python
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ENGINE, FRONT, RANK = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_engine_block_encodes_every_photograph() -> None:
+    with python("-c", ENGINE) as running:
+        shown, said = running.communicate()
+    assert (running.returncode, said) == (0, "")
+    assert shown.count("tensor([") == 8
+    assert shown.rstrip().endswith("}")
+    assert "{'shm': " in shown
+
+
+def test_the_two_transport_blocks_talk_to_each_other(address: str) -> None:
+    front, rank = (code.replace("ipc:///tmp/front.sock", address) for code in (FRONT, RANK))
+    assert front != FRONT
+    assert rank != RANK
+    with python("-c", front) as one, python("-c", rank) as other:
+        assert other.communicate() == ("", "")
+        shown, said = one.communicate()
+    assert (one.returncode, other.returncode, said) == (0, 0, "")
+    assert shown == f"{{'total': {3.0 * 3481 * 1176}}} shm: the peer proved that it maps the ring\n"
+
+
+def test_links_lead_to_files() -> None:
+    for target in re.findall(r"\]\((?!https://)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
