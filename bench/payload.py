@@ -1,0 +1,47 @@
+"""The bytes that benchmarks send: a stamp checked in every message, a checksum over all of it beside.
+
+A payload is an int64 array. Its first, middle and last word are the stamp: the number of the message. Every
+message's stamp is checked at the far end; the CRC-32 of every byte only in messages that are not timed, since
+it takes longer than the transfer.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.part import WrongAnswerError
+
+Words = NDArray[np.int64]
+
+
+def fill(words: Words, seed: int) -> None:
+    """Fill in place with bytes that differ from page to page and from seed to seed."""
+    words.fill(seed * 0x9E3779B97F4A7C15 % (1 << 63))
+    words[::512] += np.arange(len(words[::512]), dtype=np.int64)
+
+
+def stamp(words: Words, number: int) -> None:
+    """Write the number of the message where `check_stamp` looks."""
+    words[0] = words[len(words) // 2] = words[-1] = number
+
+
+def check_stamp(words: Words, number: int) -> None:
+    """`WrongAnswerError` unless this is the payload of message `number`."""
+    found = (int(words[0]), int(words[len(words) // 2]), int(words[-1]))
+    if found != (number, number, number):
+        raise WrongAnswerError(f"message {number} carries the stamps {found}")
+
+
+def checksum(words: Words) -> int:
+    """CRC-32 of every byte."""
+    return zlib.crc32(words.view(np.uint8).data)
+
+
+def check(words: Words, number: int, expected: int) -> None:
+    """`WrongAnswerError` unless every byte is as it was sent."""
+    found = checksum(words)
+    if found != expected:
+        raise WrongAnswerError(f"message {number}: checksum {found:08x}, not {expected:08x}")
