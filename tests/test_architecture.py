@@ -19,7 +19,7 @@ RANKS: dict[str, list[set[str]]] = {
         {"errors", "layout", "words", "handle", "mapping"},
         {"extents", "liveness", "memory", "record"},
         {"segment", "ledger"},
-        {"columns", "placement"},
+        {"columns", "look", "placement"},
         {"reader", "writer", "inspect"},
     ],
     "transport": [
@@ -34,13 +34,14 @@ RANKS: dict[str, list[set[str]]] = {
         {"backends.auto", "roster"},
         {"sending"},
         {"receiving"},
+        {"exchange"},
         {"endpoint"},
         {"conformance"},
     ],
     "engine": [
-        {"console", "errors", "images", "options"},
-        {"config", "loading", "model", "ps", "results", "staging", "sweep"},
-        {"launch", "output", "protocol", "report"},
+        {"console", "errors", "images", "options", "segments"},
+        {"config", "loading", "model", "ps", "results", "staging", "sweep", "top"},
+        {"doctor", "launch", "output", "protocol", "report"},
         {"job", "worker"},
         {"dispatch"},
         {"client"},
@@ -53,6 +54,7 @@ RANKS: dict[str, list[set[str]]] = {
 DOORS_TO_SHM = {
     "transport.backends.shm",
     "engine.ps",
+    "engine.segments",
     "engine.top",
     "engine.sweep",
     "engine.doctor",
@@ -65,6 +67,7 @@ LIBRARIES = {
     "engine": {"PIL", "click", "msgspec", "numpy", "rich", "safetensors", "torch"},
 }
 MORE_LIBRARIES = {
+    "engine.doctor": {"zmq"},  # its version, and that of the library in it
     "shm.columns": {"numpy"},
     "shm.ledger": {"numpy"},
     "shm.reader": {"numpy"},

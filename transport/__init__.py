@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from transport.backends.base import Held
 from transport.config import TransportConfig
 from transport.endpoint import Endpoint, PeerInfo, connect, listen
 from transport.errors import Closed, Full, PeerGone, ProtocolError, Timeout, TooLarge, TransportError
@@ -12,6 +13,7 @@ __all__ = [
     "Closed",
     "Endpoint",
     "Full",
+    "Held",
     "Message",
     "PeerGone",
     "PeerInfo",

@@ -18,10 +18,12 @@ import dataclasses
 import multiprocessing
 import os
 import random
+import select
 import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -514,6 +516,7 @@ class BackendConformance:
         warm_up(front, near)
         near.stop()
         assert near.endpoint.try_receive() is None
+        acknowledged(front)
         front.try_send({"value": noise(300_000)}, to="near")
         message = near.endpoint.receive()
         assert same(message.body["value"], noise(300_000))
@@ -766,6 +769,14 @@ def warm_up(front: Endpoint, near: Pumped) -> None:
     """Let the first tensor through, so that whoever must prove something has."""
     front.send({"value": noise(300_000)}, to=near.endpoint.name)
     near.next()
+
+
+def acknowledged(front: Endpoint, timeout: float = 10.0) -> None:
+    """Until what peers have said that they took is known here."""
+    deadline = time.monotonic() + timeout
+    while any(peer.unacknowledged for peer in front.peers):
+        assert time.monotonic() < deadline, f"never acknowledged: {front.peers}"
+        select.select([front], [], [], 0.01)
 
 
 def repeated(call: Callable[[], object], times: int = 5000) -> None:

@@ -51,3 +51,12 @@ class ProtocolError(TransportError):
 
 class Timeout(TransportError, TimeoutError):
     """The time given ran out; the text says who was waited for and for what."""
+
+
+def detached(error: TransportError) -> TransportError:
+    """The error for keeping: without traceback and cause, whose frames hold all that was to be sent.
+
+    An error that is kept in one of those frames would wait, with body and loans, for the garbage collector.
+    """
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

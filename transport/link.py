@@ -162,6 +162,12 @@ class Link:
     def unacknowledged(self) -> int:
         return len(self._unacknowledged)
 
+    @property
+    def oldest(self) -> float:
+        """For how many seconds the oldest message has not been acknowledged; 0 when there is none."""
+        entries = list(self._unacknowledged)
+        return time.monotonic() - entries[0][1] if entries else 0.0
+
     def overdue(self) -> str:
         """Who is late with what, since when, for a person."""
         entries = list(self._unacknowledged)

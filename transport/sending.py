@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -16,15 +17,18 @@ from transport import codec
 from transport.assembly import Slice, Span, plan
 from transport.backends.base import Bytes, Load, NoParcel, Outbound, Parcel, Peer, Refusal
 from transport.config import TransportConfig
-from transport.errors import Full, PeerGone, Timeout, TooLarge, TransportError
+from transport.errors import Full, PeerGone, Timeout, TooLarge, TransportError, detached
 from transport.link import Build, Link
 from transport.message import Abandon, Data, Offered, Part, Piece, Reference
 from transport.roster import Roster
 from transport.tensors import Source, TensorSpec
-from transport.waiting import attempts
+from transport.waiting import Poll, RateLimit, Wait, attempts
+
+_log = logging.getLogger("tensorferry.transport")
 
 PARTS = "parts"  # the backend name of a tensor that came in parts
 _ANSWER_NAP = 5e-3
+_PARTS_AT_LEAST = 4  # of what may be put at once, so that parts pass beside what the peer still holds
 _PING_EVERY = 1.0
 
 
@@ -62,6 +66,7 @@ class Sender:
         self._offering = False
         self._offered: dict[int, float] = {}  # by link, when
         self._pinged = 0.0
+        self._warnings = RateLimit()
         self.counts: Counter[str] = Counter()
 
     def send(self, body: object, names: Sequence[str], timeout: float) -> None:
@@ -140,6 +145,9 @@ class Sender:
             patience = max(self._offered[link.peer.link] for link in late) + self._config.admission_timeout
             left = min(deadline, patience) - time.monotonic()
             if left <= 0:
+                if patience <= time.monotonic():
+                    wait = f"a send waited {self._config.admission_timeout:g} s, and goes on without,"
+                    self._say("the answer to the offer of the ring", late, wait)
                 return  # the backend goes without, or says who has not answered
             self._wait(min(_ANSWER_NAP, left))
             self._pump()
@@ -150,6 +158,10 @@ class Sender:
         )
 
     # ------------------------------------------------------------------ put and deliver
+
+    def lend(self, nbytes: int, timeout: float) -> Bytes | None:
+        """Memory for a loan, as `Outbound.lend`."""
+        return self.outbound.lend(nbytes, timeout, self._watch("room for a loan", [], nbytes))
 
     def _find(self, names: Sequence[str], failed: dict[str, TransportError]) -> list[Link]:
         links = []
@@ -183,8 +195,9 @@ class Sender:
         while links:
             timeout = max(0.0, deadline - time.monotonic())
             peers = [link.peer for link in links]
+            poll = self._watch("room", links, _total(sources))
             try:
-                parcel = self.outbound.put(sources, peers, timeout=timeout, poll=self._while_waiting)
+                parcel = self.outbound.put(sources, peers, timeout=timeout, poll=poll)
                 self._config.emit("send.put", tensors=len(sources), peers=len(peers))
                 return parcel
             except Full as error:
@@ -193,7 +206,7 @@ class Sender:
                     failed[link.peer.name] = gone or Full(f"{error}; {link.overdue()}")
                     links.remove(link)
             except TooLarge as error:
-                failed |= dict.fromkeys([link.peer.name for link in links], error.with_traceback(None))
+                failed |= dict.fromkeys([link.peer.name for link in links], detached(error))
                 links.clear()
         return NoParcel(Load([]))
 
@@ -210,20 +223,20 @@ class Sender:
         sent = []
         for link in links:
             release = partial(parcel.release, link.peer)
-            error = parcel.failed.get(link.peer)
-            if error is None:
-                load = parcel.load(link.peer)
-                try:
-                    self._post(link, make(load), load.frames, release, nbytes, deadline)
-                    sent.append(link)
-                    continue
-                except TransportError as caught:
-                    error = caught
-                except BaseException:
-                    release()
+            if link.peer in parcel.failed:
+                failed[link.peer.name] = parcel.failed[link.peer]
+                release()
+                continue
+            load = parcel.load(link.peer)
+            try:
+                self._post(link, make(load), load.frames, release, nbytes, deadline)
+            except BaseException as error:
+                release()
+                if not isinstance(error, TransportError):
                     raise
-            release()
-            failed[link.peer.name] = error.with_traceback(None)
+                failed[link.peer.name] = detached(error)
+            else:
+                sent.append(link)
         return sent
 
     def _post(
@@ -235,7 +248,8 @@ class Sender:
         nbytes: int,
         deadline: float,
     ) -> None:
-        for last in attempts(deadline - time.monotonic(), self._while_waiting):
+        poll = self._watch("a place in the queue", [link], nbytes)
+        for last in attempts(deadline - time.monotonic(), poll):
             try:
                 number = link.send(build, frames, keeps=keeps, nbytes=nbytes)
                 self._config.emit("send.posted", peer=link.peer.name, number=number)
@@ -253,6 +267,44 @@ class Sender:
             for link in self._roster.links():
                 link.ping()
 
+    # ------------------------------------------------------------------ who keeps others waiting
+
+    def is_slow(self, link: Link) -> bool:
+        """Whether a message has not been acknowledged for longer than `warn_after`; slow is not dead."""
+        return link.oldest > self._config.warn_after
+
+    def _watch(self, what: str, links: Sequence[Link], nbytes: int) -> Poll:
+        """The poll of a wait for `what` to send to these links, that says who is late when it gets long."""
+        return Wait(self._while_waiting, self._config.warn_after, partial(self._warn, what, links, nbytes))
+
+    def _warn(self, what: str, links: Sequence[Link], nbytes: int, seconds: float) -> None:
+        """Name the receivers that are late; else whoever is, and may hold the room; else the receivers."""
+        everybody = self._roster.links()
+        late = self._late(links) or self._late(everybody) or links or everybody
+        self._say(what, late, f"a send of {nbytes} bytes has waited {seconds:.1f} s")
+
+    def _late(self, links: Sequence[Link]) -> list[Link]:
+        return [link for link in links if self.is_slow(link) or self._holds_long(link)]
+
+    def _say(self, what: str, links: Sequence[Link], wait: str) -> None:
+        for link in links:
+            left_out = self._warnings.left_out(link.peer.name, what)
+            if left_out is not None:
+                more = f" ({left_out} more such warnings left out)" if left_out else ""
+                _log.warning("%s for %s: %s%s", wait, what, self._account(link), more)
+
+    def _holds_long(self, link: Link) -> bool:
+        held = self.outbound.held(link.peer)
+        return held is not None and held.oldest > self._config.warn_after
+
+    def _account(self, link: Link) -> str:
+        """What a peer has not acknowledged and what it holds, since when, for a person."""
+        held = self.outbound.held(link.peer)
+        if held is None:
+            return link.overdue()
+        text = f"{link.overdue()}; it holds {held.records} records ({held.nbytes} bytes)"
+        return f"{text}, the oldest open for {held.oldest:.1f} s" if held.oldest else text
+
     # ------------------------------------------------------------------ messages in parts
 
     def _send_in_parts(
@@ -262,7 +314,7 @@ class Sender:
         sources, left = encoded.sources, list(links)
         announced = [source.nbytes for source in sources]
         with self._one_at_a_time(links, deadline), self._abandoned_unless_sent(links) as complete:
-            for spans in plan(announced, self._limit(links)):
+            for spans in plan(announced, max(1, self._limit(links) // _PARTS_AT_LEAST)):
                 slices = [Slice(sources[span.tensor], span.start, span.stop) for span in spans]
                 parcel = self._put(slices, left, deadline, failed)
                 make = partial(_part, announced, spans)
@@ -373,15 +425,12 @@ def _part(sizes: list[int], spans: Sequence[Span], load: Load) -> Build:
 
 
 def _report(names: Sequence[str], failed: dict[str, TransportError]) -> None:
-    """Raise what went wrong for whom, if anything did.
-
-    No frame of the traceback keeps the error: body and loans would wait for the garbage collector.
-    """
+    """Raise what went wrong for whom, if anything did."""
     try:
         if failed:
             raise _summary(names, failed)
     finally:
-        failed.clear()
+        failed.clear()  # the traceback leads to whoever keeps it: see `detached`
 
 
 def _summary(names: Sequence[str], failed: Mapping[str, TransportError]) -> TransportError:

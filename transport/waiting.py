@@ -1,14 +1,22 @@
-"""How this package waits for something that nobody announces: look, sleep a little longer, look again."""
+"""How this package waits for something that nobody announces: look, sleep a little longer, look again.
+
+And how a wait that gets long says so, without filling the log.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 
 _FIRST_NAP, _LONGEST_NAP = 50e-6, 2e-3
+_SAY_AGAIN_AFTER = 30.0  # seconds
+_REMEMBER = 1024  # kinds of warnings
+
+Poll = Callable[[], object]
 
 
-def attempts(timeout: float, poll: Callable[[], object]) -> Iterator[bool]:
+def attempts(timeout: float, poll: Poll) -> Iterator[bool]:
     """One item for each attempt, True for the last one, when `timeout` seconds are over.
 
     Between attempts it calls `poll` and sleeps 50 µs, doubling to 2 ms.
@@ -23,3 +31,45 @@ def attempts(timeout: float, poll: Callable[[], object]) -> Iterator[bool]:
         poll()
         time.sleep(nap)
         nap = min(2 * nap, _LONGEST_NAP)
+
+
+class Wait:
+    """The poll of one wait: calls `tell(seconds)` once it has lasted `patience` seconds, then every 30 s."""
+
+    __slots__ = ("_due", "_poll", "_since", "_tell")
+
+    def __init__(self, poll: Poll, patience: float, tell: Callable[[float], object]) -> None:
+        self._poll = poll
+        self._tell = tell
+        self._since = time.monotonic()
+        self._due = self._since + patience
+
+    def __call__(self) -> None:
+        self._poll()
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = now + _SAY_AGAIN_AFTER
+            self._tell(now - self._since)
+
+
+class RateLimit:
+    """Lets one warning of each kind pass in `seconds`, and counts the others."""
+
+    def __init__(self, seconds: float = _SAY_AGAIN_AFTER) -> None:
+        self._seconds = seconds
+        self._passed: dict[tuple[str, ...], tuple[float, int]] = {}  # when, and how many since then
+        self._lock = threading.Lock()
+
+    def left_out(self, *kind: str) -> int | None:
+        """How many of that kind were left out since the last one; None: this one is to be left out, too."""
+        now = time.monotonic()
+        with self._lock:
+            passed, left_out = self._passed.get(kind, (-self._seconds, 0))
+            if now - passed < self._seconds:
+                self._passed[kind] = passed, left_out + 1
+                return None
+            self._passed.pop(kind, None)  # so that the first of the dict passed longest ago
+            self._passed[kind] = now, 0
+            if len(self._passed) > _REMEMBER:
+                del self._passed[next(iter(self._passed))]
+            return left_out

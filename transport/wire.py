@@ -31,6 +31,7 @@ from transport.errors import TooLarge, TransportError
 _ROUTER, _DEALER = zmq.SocketType.ROUTER, zmq.SocketType.DEALER
 _MORE = zmq.SNDMORE | zmq.NOBLOCK
 _POLLIN = int(zmq.POLLIN)
+_EVENTS = 64  # descriptors at a glance; what is left fires again
 _LONGEST_IPC_PATH = 107
 _RECEIVE_QUEUE = 128  # messages of one peer that zmq itself keeps; what is unread beyond waits over there
 _NEVER = 10 * 86_400_000  # ms; with -1, which is never, zmq throws away what came and was not read yet
@@ -79,6 +80,9 @@ class Wire:
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._event_lock = threading.Lock()  # a descriptor that is closed may be somebody else's already
         self._epoll.register(self._event, select.EPOLLIN)
+        self._awake = False
+        self._routers: set[int] = set()
+        self._descriptors: dict[int, tuple[int, int]] = {}  # zmq.FD of each socket and of its monitor
         self._closed = False
 
     # ------------------------------------------------------------------ addresses
@@ -102,7 +106,7 @@ class Wire:
                 socket.close(0)
                 raise TransportError(f"cannot listen at {address}: {error.strerror}") from error
             actual = socket.getsockopt_string(zmq.LAST_ENDPOINT)
-            self._add(socket, actual)
+            self._routers.add(self._add(socket, actual))
             return actual
 
     def dial(self, address: str) -> int:
@@ -145,8 +149,9 @@ class Wire:
         monitor = socket.get_monitor_socket(_WATCHED)
         self._sockets[number], self._monitors[number] = socket, monitor
         self._addresses[number] = address
-        for one in (socket, monitor):
-            self._epoll.register(one.FD, select.EPOLLIN)
+        self._descriptors[number] = socket.FD, monitor.FD
+        for descriptor in self._descriptors[number]:
+            self._epoll.register(descriptor, select.EPOLLIN)
         self.wake()  # what came before EVENTS was first asked for never shows at zmq.FD
         return number
 
@@ -157,9 +162,10 @@ class Wire:
         monitor = self._monitors.pop(number)
         del self._addresses[number]
         self._reached.discard(number)
-        for one in (socket, monitor):
+        self._routers.discard(number)
+        for descriptor in self._descriptors.pop(number):
             with suppress(OSError):
-                self._epoll.unregister(one.FD)
+                self._epoll.unregister(descriptor)
         socket.disable_monitor()
         monitor.close(0)
         socket.close()
@@ -197,24 +203,29 @@ class Wire:
                 if _readable(socket):  # the operation, failed or not, may have swallowed the edge of zmq.FD
                     self.wake()
 
-    def ready(self) -> bool:
-        """Whether there may be something to drain."""
-        return bool(self._epoll.poll(0, 1))
-
     def drain(self, most: int) -> list[Arrived]:
-        """What has come, `most` messages for each socket at a time; `wake` is called when more is left."""
+        """What has come, `most` messages for each socket at a time; `fileno` stays readable for the rest."""
+        fired = {descriptor for descriptor, _ in self._epoll.poll(0, _EVENTS)}
         arrived: list[Arrived] = []
+        if not fired:
+            return arrived
         with self._lock:
+            everywhere = self._rest()  # before looking, so that what comes meanwhile is seen or wakes again
             for number, socket in self._sockets.items():
-                routed = socket.type == _ROUTER
-                for _ in range(most):
-                    if not _readable(socket):
-                        break
-                    arrived.append(_unpack(number, routed, socket.recv_multipart(zmq.NOBLOCK, copy=False)))
-                else:
-                    self.wake()
-                self._watch(number)
+                descriptor, watched = self._descriptors[number]
+                if everywhere or descriptor in fired:
+                    self._read(number, socket, most, arrived)
+                if everywhere or watched in fired:
+                    self._watch(number)
         return arrived
+
+    def _read(self, number: int, socket: zmq.Socket[bytes], most: int, arrived: list[Arrived]) -> None:
+        routed = number in self._routers
+        for _ in range(most):
+            if not _readable(socket):
+                return
+            arrived.append(_unpack(number, routed, socket.recv_multipart(zmq.NOBLOCK, copy=False)))
+        self.wake()
 
     def reached(self, number: int) -> bool:
         """Whether a socket that dialled found somebody who listens."""
@@ -222,6 +233,8 @@ class Wire:
 
     def lost(self) -> set[int]:
         """The sockets on which a connection ended or failed since the last call."""
+        if not self._lost:
+            return set()
         with self._lock:
             lost, self._lost = self._lost, set()
             return lost
@@ -247,16 +260,19 @@ class Wire:
             self._epoll.poll(max(0.0, timeout), 1)
 
     def wake(self) -> None:
-        """Make `fileno` readable and stay so."""
-        with self._event_lock, suppress(BlockingIOError):
-            if self._event >= 0:
+        """Make `fileno` readable until the next `drain`."""
+        with self._event_lock:
+            if self._event >= 0 and not self._awake:
+                self._awake = True
                 os.eventfd_write(self._event, 1)
 
-    def rest(self) -> None:
-        """Nothing that we know of is left to do: `fileno` is readable for what comes from now on."""
-        with self._event_lock, suppress(BlockingIOError):
-            if self._event >= 0:
+    def _rest(self) -> bool:
+        """`fileno` is readable for what comes from now on; whether `wake` was called before."""
+        with self._event_lock:
+            awake, self._awake = self._awake, False
+            if awake:
                 os.eventfd_read(self._event)
+            return awake
 
     def close(self) -> None:
         """Close every socket; waits for what is still to be sent, for the linger time at most."""
@@ -265,7 +281,7 @@ class Wire:
                 return
             self._closed = True
             bound = [a for n, a in self._addresses.items() if n in self._sockets and a.startswith("ipc://")]
-            routers = {self._addresses[n] for n, s in self._sockets.items() if s.type == _ROUTER}
+            routers = {self._addresses[number] for number in self._routers}
             for number in list(self._sockets):
                 self._remove(number)
         self._context.term()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import transport
-from transport.conformance import WAIT, Pumped, digest, joined, noise, same, serving
+from transport.conformance import WAIT, Pumped, acknowledged, digest, joined, noise, same, serving
 
 FRAMES = transport.TransportConfig(backend="frames", timeout=WAIT)
 
@@ -136,7 +136,7 @@ def test_peers_statistics_and_repr(front: transport.Endpoint, address: str) -> N
         message = near.receive()
         assert repr(message) == "<Message 1 from 'front' with 1 tensors>"
         assert near.try_receive() is None
-        assert front.peers[0].unacknowledged == 0
+        acknowledged(front)
         assert front.statistics()["sent"] == {"messages": 1}
         received = near.statistics()["received"]
         assert (received["messages"], received["bytes frames"]) == (1, 100_000)

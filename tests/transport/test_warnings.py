@@ -121,6 +121,26 @@ def test_a_peer_that_keeps_views_is_named_though_it_acknowledges(address: str, s
         taking.stop()
 
 
+def test_who_holds_something_and_is_not_waited_for_is_not_named(address: str, said: Said) -> None:
+    config = quick()
+    with (
+        transport.listen(address, config=config) as front,
+        joined(front, "near", config) as near,
+        joined(front, "other", config) as other,
+    ):
+        here, there = Pumped(near), Pumped(other)
+        for name in ("near", "other"):
+            front.send({"x": noise(3 * MIB)}, to=name)
+        held = [here.next(), there.next()]
+        with in_thread(lambda: front.send({"x": noise(2 * MIB)}, to="near")):  # its share is 4 MiB
+            line = said.one()
+            held.clear()
+        assert "for room: 'near'" in line
+        assert len(said.lines) == 1
+        here.stop()
+        there.stop()
+
+
 def test_a_loan_that_waits_says_who_has_the_ring(address: str, said: Said) -> None:
     config = quick(peer_share=1.0)
     with transport.listen(address, config=config) as front, joined(front, "near", config) as near:

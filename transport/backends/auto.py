@@ -13,13 +13,13 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from transport.backends.base import Bytes, Load, Outbound, Parcel, Peer, Poll, Proof, Refusal
+from transport.backends.base import Bytes, Held, Load, Outbound, Parcel, Peer, Poll, Proof, Refusal
 from transport.backends.budget import Budget
 from transport.backends.frames import FramesOutbound
 from transport.backends.inline import InlineOutbound
 from transport.backends.shm import ShmOutbound
 from transport.config import TransportConfig
-from transport.errors import Full, TooLarge, TransportError
+from transport.errors import Full, TooLarge, TransportError, detached
 from transport.tensors import Source
 
 _log = logging.getLogger("tensorferry.transport")
@@ -136,9 +136,9 @@ class AutoOutbound(Outbound):
                 self._put_part(parcel, self.shm, sources, large, mapped, patience, poll)
                 break
             except (Full, TooLarge) as error:
-                full = error.with_traceback(None)
                 late = [r for r in mapped if not isinstance(error, Full) or r.name in error.failed] or mapped
                 others |= dict.fromkeys(late, _kind(error))
+                full = detached(error)
                 mapped = [reader for reader in mapped if reader not in late]
         if not others:
             return
@@ -146,14 +146,14 @@ class AutoOutbound(Outbound):
             self._put_part(parcel, self._frames, sources, large, list(others), deadline, poll)
         except (Full, TooLarge) as error:
             # That the detour is too narrow is no reason for `TooLarge` where only the ring is full for now.
-            reason = full if full is not None and isinstance(error, TooLarge) else error
+            reason = detached(full if full is not None and isinstance(error, TooLarge) else error)
             try:
                 if not mapped:
-                    raise reason from (None if reason is error else error)
-                parcel.failed = dict.fromkeys(others, reason.with_traceback(None))
+                    raise reason
+                parcel.failed = dict.fromkeys(others, reason)
                 return
             finally:
-                full = None  # else the traceback keeps them, and its frames the loans, until a collection
+                full = None
                 del reason
         for why in others.values():
             self._count_detour(why, nbytes)
@@ -200,6 +200,9 @@ class AutoOutbound(Outbound):
 
     def alive(self, peer: Peer) -> bool | None:
         return self.shm.alive(peer)
+
+    def held(self, peer: Peer) -> Held | None:
+        return self.shm.held(peer)
 
     def drop(self, peer: Peer) -> None:
         self.shm.drop(peer)

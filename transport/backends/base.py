@@ -49,6 +49,15 @@ class Refusal:
     reason: str
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a peer keeps from being used again: records, their bytes, seconds that the oldest is open."""
+
+    records: int
+    nbytes: int
+    oldest: float
+
+
 @dataclass
 class Load:
     """What one reader is sent: for each tensor (backend name, handle as msgpack), and payload frames."""
@@ -131,6 +140,10 @@ class Outbound(ABC):
 
     def alive(self, peer: Peer) -> bool | None:
         """Whether the peer's process lives, where the backend can tell; slow is not dead."""
+        return None
+
+    def held(self, peer: Peer) -> Held | None:
+        """What `peer` holds of this backend's memory, for people; None where it has none."""
         return None
 
     def drop(self, peer: Peer) -> None:

@@ -12,6 +12,7 @@ import msgspec
 import shm
 from transport.backends.base import (
     Bytes,
+    Held,
     Inbound,
     Load,
     NoParcel,
@@ -126,6 +127,10 @@ class ShmOutbound(Outbound):
         """Whether the peer's lock on its column is held; None when it has no column."""
         column = self._columns.get(peer)
         return None if column is None or self._writer is None else self._writer.reader_alive(column)
+
+    def held(self, peer: Peer) -> Held | None:
+        column = self._columns.get(peer)
+        return None if column is None or self._writer is None else Held(*self._writer.held(column))
 
     def explain(self, peer: Peer) -> str:
         if peer in self._columns:
@@ -310,6 +315,8 @@ class ShmInbound(Inbound):
             older = self._readers.pop(identity, None)
             if older is not None:
                 older.close()
+        # An older link to the same process, which may end later, must not take this reader along.
+        self._identities = {p: known for p, known in self._identities.items() if known != reader.identity}
         self._readers[reader.identity] = reader
         self._identities[peer] = reader.identity
 
@@ -385,8 +392,7 @@ def _for_readers(columns: Mapping[Peer, int], call: Callable[[], _T]) -> _T:
     try:
         return _mapped(call)
     except Full as error:
-        cause = error.__cause__
-        late = cause.columns if isinstance(cause, shm.RingFull) else ()
+        late = error.__cause__.columns if isinstance(error.__cause__, shm.RingFull) else ()
         names = [peer.name for peer, column in columns.items() if column in late or not late]
         error.failed = dict.fromkeys(names, str(error))
         raise

@@ -1,0 +1,495 @@
+"""A play of three real processes that goes on while one of them is killed: what all crash tests are made of.
+
+front sends jobs (it is the writer), worker answers them and hands some on, next is whom they are handed on
+to. Each holds messages while the others come and go. Who is killed is started again under its name; the
+play is over when every job was answered right and the front's ring is empty.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.forkserver import ensure_running
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import shm
+import transport
+from transport import PeerGone, ProtocolError, Timeout, TransportConfig
+
+WAIT = 40.0  # seconds; only a failure takes as long
+PEERS = ("worker", "next")
+ROLES = ("front", *PEERS)
+_TURN = 0.05
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["tests.crash.harness"])
+
+Bytes = NDArray[np.uint8]
+
+
+def prepare() -> None:
+    """Start the fork server and the machinery of a process object, which stay."""
+    ensure_running()
+    with running(print):
+        pass
+
+
+@contextmanager
+def running(function: Callable[..., None], *arguments: object) -> Iterator[BaseProcess]:
+    """A process that calls a module-level function; killed at the end if it still runs."""
+    process = start(function, *arguments)
+    try:
+        yield process
+    finally:
+        finish(process)
+
+
+def start(function: Callable[..., None], *arguments: object) -> BaseProcess:
+    """A process that calls a module-level function; `finish` it."""
+    process = _PROCESSES.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def finish(process: BaseProcess) -> None:
+    """Kill a process that still runs, and let go of it."""
+    process.kill()
+    process.join()
+    process.close()
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """An empty folder with a short name: the path of a Unix socket has 107 bytes."""
+    path = Path(tempfile.mkdtemp(prefix="tf-", dir="/tmp"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    """Wait for what must come true; fails with `what` when it does not."""
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline, f"in {WAIT:g} s it did not come true that {what}"
+        time.sleep(0.002)
+
+
+def pattern(number: int, nbytes: int) -> Bytes:
+    """Bytes that differ from those of any other number and from place to place, uint8 [nbytes]."""
+    words = np.arange(-(-nbytes // 8), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    words += np.uint64(number * 0xD1B54A32D192ED03 % (1 << 64))
+    return words.view(np.uint8)[:nbytes]
+
+
+def digest(array: Bytes) -> int:
+    """A checksum of an array's bytes."""
+    return zlib.crc32(np.ascontiguousarray(array).data)
+
+
+# ------------------------------------------------------------------------------------ traces
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Die at the n-th time that an event is told."""
+
+    event: str
+    occurrence: int
+
+
+class Steps:
+    """The trace of one role: counts what happens, and kills its own process where it was told to."""
+
+    def __init__(self, kill: Kill | None = None, note: Path | None = None) -> None:
+        self.events: Counter[str] = Counter()
+        self.begun: Counter[str] = Counter()
+        self.ended: dict[str, list[tuple[int, str]]] = {}  # when (monotonic ns) and why, by peer
+        self._kill = kill
+        self._note = note  # the file that keeps the moment of death
+
+    def __call__(self, event: str, now: int, fields: Mapping[str, object]) -> None:
+        self.events[event] += 1
+        if self._kill and (event, self.events[event]) == (self._kill.event, self._kill.occurrence):
+            if self._note:
+                self._note.write_text(str(time.monotonic_ns()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        if event == "link.begun":
+            self.begun[str(fields["peer"])] += 1
+        elif event == "link.ended":
+            self.ended.setdefault(str(fields["peer"]), []).append((now, str(fields["reason"])))
+
+
+def config(trace: Steps | None = None, **changes: Any) -> TransportConfig:
+    """A ring so small that its bytes are reused all the time, and no way around it."""
+    fields: dict[str, Any] = {
+        "backend": "shm",
+        "ring_bytes": 1 << 20,
+        "max_tensors": 64,
+        "max_readers": 8,
+        "copy_threads": 1,
+        "timeout": WAIT,
+        "admission_timeout": WAIT,
+        "linger": 0.2,
+    }
+    return TransportConfig(trace=trace, **{**fields, **changes})
+
+
+# ------------------------------------------------------------------------------------ the stage
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The folder in which the roles find each other, and leave their reports."""
+
+    path: Path
+
+    def address(self, name: str) -> str:
+        return f"ipc://{self.path}/{name}.sock"
+
+    @property
+    def done(self) -> bool:
+        """Whether the play is over; told by a file, which outlives whoever made it."""
+        return (self.path / "done").exists()
+
+    def end(self) -> None:
+        (self.path / "done").touch()
+
+    def report(self, role: str, text: Mapping[str, object]) -> None:
+        temporary = self.path / f"{role}.{os.getpid()}.writing"
+        temporary.write_text(json.dumps(text))
+        temporary.rename(self.path / f"{role}.{os.getpid()}.json")
+
+    def reports(self, role: str) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in sorted(self.path.glob(f"{role}.*.json"))]
+
+
+@dataclass
+class Report:
+    """What one process saw of the play."""
+
+    steps: Steps
+    wrong: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    answered: int = 0
+    resent: int = 0
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "events": self.steps.events,
+            "begun": self.steps.begun,
+            "ended": self.steps.ended,
+            "wrong": self.wrong,
+            "refused": self.refused,
+            "answered": self.answered,
+            "resent": self.resent,
+        }
+
+
+def perform(role: str, stage: Stage, kill: Kill | None) -> None:
+    """One process of the play, from its beginning to its end."""
+    report = Report(Steps(kill, stage.path / "killed"))
+    try:
+        if role == "front":
+            Front(stage, report).play()
+        else:
+            Peer(role, stage, report).play()
+    except Exception:  # noqa: BLE001  # whatever it was, the director must hear of it
+        report.wrong.append(traceback.format_exc())
+        print(f"[{role}] {report.wrong[-1]}", file=sys.stderr)
+    stage.report(role, report.to_json())
+
+
+# ------------------------------------------------------------------------------------ the roles
+
+
+class Peer:
+    """worker and next: answer what comes, hold what they are told to, come back when the front does."""
+
+    def __init__(self, name: str, stage: Stage, report: Report) -> None:
+        self.name = name
+        self._stage = stage
+        self._report = report
+        self._held: list[tuple[transport.Message, int]] = []
+        self._again = True
+
+    def play(self) -> None:
+        while self._again and not self._stage.done:
+            self._again = False
+            with transport.Endpoint(self.name, config(self._report.steps)) as endpoint:
+                if self.name == "next":
+                    endpoint.listen(self._stage.address("next"))
+                self._serve(endpoint)
+            self._check_held("after close")
+            self._held.clear()
+
+    def _serve(self, endpoint: transport.Endpoint) -> None:
+        while not self._again and self._join(endpoint, "front"):
+            try:
+                message = endpoint.receive(timeout=_TURN)
+            except Timeout:
+                continue
+            except (PeerGone, ProtocolError) as error:  # its owner, or who handed it on, died
+                self._report.refused.append(str(error))
+                continue
+            try:
+                self._answer(endpoint, message)
+            except PeerGone:  # who asked is gone; its successor will ask again
+                continue
+            finally:
+                del message
+
+    def _join(self, endpoint: transport.Endpoint, name: str) -> bool:
+        """Be linked with that role, however often it has to be tried; False when the play is over."""
+        deadline = time.monotonic() + WAIT
+        while not self._stage.done:
+            if name in {peer.name for peer in endpoint.peers}:
+                return True
+            self._check_held(f"while {name} was away")
+            if name == "front":
+                self._held.clear()  # a new front knows nothing of what the old one sent
+            assert time.monotonic() < deadline, f"{name} did not come back"
+            try:
+                endpoint.connect(self._stage.address(name), timeout=0.5)
+            except (Timeout, PeerGone):
+                continue
+        return False
+
+    def _answer(self, endpoint: transport.Endpoint, message: transport.Message) -> None:
+        body = message.body
+        answer: dict[str, Any] = {"id": body["id"], "digest": digest(body["bytes"])}
+        match body["do"]:
+            case "hold":
+                self._held.append((message, answer["digest"]))
+            case "drop":
+                self._held.clear()
+            case "echo":
+                answer["echo"] = np.array(body["bytes"])
+            case "forward" if self.name == "worker":
+                self._hand_on(endpoint, message)
+                return
+            case "rejoin":
+                self._again = True
+        self._check_held("while others came and went")
+        endpoint.send(answer, to="front")
+        self._report.answered += 1
+
+    def _hand_on(self, endpoint: transport.Endpoint, message: transport.Message) -> None:
+        while self._join(endpoint, "next"):
+            try:
+                endpoint.forward(message, to="next")
+                return
+            except PeerGone:
+                continue
+
+    def _check_held(self, when: str) -> None:
+        for message, known in self._held:
+            if digest(message.body["bytes"]) != known:
+                self._report.wrong.append(f"{self.name}: bytes changed under an open view {when}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to be done with `nbytes` bytes; `to` gets it, `by` answer it."""
+
+    do: str
+    nbytes: int
+    to: tuple[str, ...] = ("worker",)
+    by: tuple[str, ...] = ("worker",)
+    loan: bool = False
+
+
+_NEXT = ("next",)
+SCRIPT = (
+    Job("sum", 700_000),  # more than a peer's share: in parts, and before anything is held of it
+    Job("hold", 70_000),
+    Job("hold", 50_000, _NEXT, _NEXT),
+    Job("sum", 90_000),
+    Job("forward", 60_000, by=_NEXT),
+    Job("echo", 80_000),
+    Job("sum", 120_000, PEERS, PEERS),
+    Job("rejoin", 1000, _NEXT, _NEXT),
+    Job("hold", 40_000, _NEXT, _NEXT),
+    Job("forward", 60_000, by=_NEXT),
+    Job("sum", 150_000, loan=True),
+    *[Job("sum", 20_000 + 4096 * number) for number in range(8)],
+    Job("sum", 100_000, PEERS, PEERS),
+    Job("echo", 300_000),
+    Job("forward", 200_000, by=_NEXT),
+    Job("drop", 1000, PEERS, PEERS),
+)
+
+
+class Front:
+    """Does the script job by job, each again for as long as those who must answer come and go."""
+
+    def __init__(self, stage: Stage, report: Report) -> None:
+        self._stage = stage
+        self._report = report
+        self._steps = report.steps
+
+    def play(self) -> None:
+        address = self._stage.address("front")
+        with transport.listen(address, config=config(self._steps)) as self._endpoint:
+            for number, job in enumerate(SCRIPT, 1):
+                while not self._try(number, job):
+                    self._report.resent += 1
+            self._empty_ring()
+            self._stage.end()
+
+    def _try(self, number: int, job: Job) -> bool:
+        """Send a job and take its answers; False when somebody who matters came or went meanwhile."""
+        self._endpoint.wait_for_peers(PEERS, timeout=WAIT)
+        before = dict(self._steps.begun)
+        data = pattern(number, job.nbytes)
+        try:
+            self._send(number, job, data)
+        except PeerGone:
+            return False
+        missing = set(job.by)
+        deadline = time.monotonic() + WAIT
+        while missing:
+            assert time.monotonic() < deadline, f"job {number} ({job.do}) was never answered by {missing}"
+            try:
+                message = self._endpoint.receive(timeout=_TURN)
+            except Timeout:
+                if before != dict(self._steps.begun) or set(PEERS) - self._there():
+                    return False
+                continue
+            except (PeerGone, ProtocolError) as error:
+                self._report.refused.append(str(error))
+                continue
+            missing -= self._judge(message, number, data)
+            del message
+        return True
+
+    def _send(self, number: int, job: Job, data: Bytes) -> None:
+        body = {"id": number, "do": job.do, "bytes": data}
+        if not job.loan:
+            self._endpoint.send(body, to=job.to)
+            return
+        with self._endpoint.loan((job.nbytes,), np.uint8) as out:
+            out[:] = data
+            self._endpoint.send(body | {"bytes": out}, to=job.to)
+
+    def _judge(self, message: transport.Message, number: int, data: Bytes) -> set[str]:
+        """Who answered the job that is asked now; an answer to an earlier asking of another is old."""
+        answer = message.body
+        if answer["id"] != number:
+            return set()
+        right = answer["digest"] == digest(data) and np.array_equal(answer.get("echo", data), data)
+        if not right:
+            self._report.wrong.append(f"job {number}: {message.sender} has other bytes than were sent")
+        self._report.answered += 1
+        return {message.sender}
+
+    def _there(self) -> set[str]:
+        return {peer.name for peer in self._endpoint.peers}
+
+    def _empty_ring(self) -> None:
+        """Everything was dropped: all space is back once that is acknowledged and seen."""
+        deadline = time.monotonic() + WAIT
+        while (ring := self._endpoint.statistics()["backend"]["ring"]).live:
+            assert time.monotonic() < deadline, f"space is lost: {ring}"
+            try:
+                self._endpoint.receive(timeout=_TURN)
+            except (Timeout, PeerGone, ProtocolError):
+                continue
+
+
+# ------------------------------------------------------------------------------------ the director
+
+
+@dataclass
+class Outcome:
+    """How a play went: the reports of those who lived to its end, by role, and whether the victim died."""
+
+    killed: bool
+    reports: dict[str, list[dict[str, Any]]]
+    restarted: bool
+    pids: set[int]
+    died: int  # monotonic ns; 0: nobody
+
+    @property
+    def wrong(self) -> list[str]:
+        return [text for reports in self.reports.values() for report in reports for text in report["wrong"]]
+
+    def noticed(self, victim: str) -> dict[str, float]:
+        """After how many seconds each survivor ended its link with the victim; for people."""
+        found = {}
+        for role, reports in self.reports.items():
+            ends = [at for report in reports for at, _ in report["ended"].get(victim, ()) if at >= self.died]
+            if self.died and ends and role != victim:
+                found[role] = (min(ends) - self.died) / 1e9
+        return found
+
+    def left(self) -> list[str]:
+        """The segments that processes of this play left, which are all dead by now."""
+        return segments_of(self.pids)
+
+
+def segments_of(pids: Collection[int]) -> list[str]:
+    """The segments that these processes made; others run beside, and may sweep meanwhile."""
+    found = []
+    for name in shm.names():
+        with suppress(shm.SegmentMissing):
+            if shm.describe(name).pid in pids:
+                found.append(name)
+    return found
+
+
+def play(victim: str = "", kill: Kill | None = None) -> Outcome:
+    """Run the play once; the victim dies at `kill` and is started again without it, unless all is done."""
+    with folder() as path:
+        stage = Stage(path)
+        cast = {role: start(perform, role, stage, kill if role == victim else None) for role in ROLES}
+        pids = {process.pid or 0 for process in cast.values()}
+        killed = restarted = False
+        began = time.monotonic()
+        try:
+            while (victim and cast[victim].is_alive()) or not stage.done:
+                if victim and not killed and cast[victim].exitcode == -signal.SIGKILL:
+                    killed = True
+                    if not stage.done:
+                        restarted = True
+                        finish(cast[victim])
+                        cast[victim] = start(perform, victim, stage, None)
+                        pids.add(cast[victim].pid or 0)
+                assert time.monotonic() < began + 2 * WAIT, f"the play is stuck: {stage_report(stage, cast)}"
+                time.sleep(0.002)
+            for role, process in cast.items():
+                process.join(WAIT)
+                assert process.exitcode is not None, f"{role} does not end"
+                killed = killed or process.exitcode == -signal.SIGKILL
+            reports = {role: stage.reports(role) for role in ROLES}
+            note = path / "killed"
+            died = int(note.read_text()) if note.exists() else 0
+            return Outcome(killed, reports, restarted, pids, died)
+        finally:
+            stage.end()
+            for process in cast.values():
+                finish(process)
+
+
+def stage_report(stage: Stage, cast: Mapping[str, BaseProcess]) -> str:
+    """What is known of a play that does not end."""
+    codes = {role: process.exitcode for role, process in cast.items()}
+    wrong = [text for role in ROLES for report in stage.reports(role) for text in report["wrong"]]
+    return f"exit codes {codes}; {wrong}"

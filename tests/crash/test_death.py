@@ -1,0 +1,414 @@
+"""One death each: of a reader, of a writer, of who hands on, of all at once; and those who only sleep."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import shm
+import transport
+from tests.crash.harness import (
+    ROLES,
+    SCRIPT,
+    WAIT,
+    Kill,
+    Stage,
+    config,
+    digest,
+    finish,
+    folder,
+    pattern,
+    perform,
+    play,
+    running,
+    segments_of,
+    start,
+    until,
+)
+from transport import Full, PeerGone, ProtocolError, Timeout
+from transport.message import Goodbye
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+DEATHS = {
+    "a reader in the middle of open": ("worker", Kill("ring.opening", 6)),
+    "a reader with handles in flight": ("worker", Kill("receive.arrived", 9)),
+    "a reader with leases open": ("worker", Kill("receive.opened", 9)),
+    "a writer in reserve": ("front", Kill("ring.reserve", 12)),
+    "a writer between commit and send": ("front", Kill("send.put", 12)),
+    "a writer after send": ("front", Kill("send.posted", 12)),
+    "a writer in the middle of reclaim": ("front", Kill("ring.closing", 2)),
+    "who hands on before it is opened": ("worker", Kill("send.posted", 4)),
+    "whom it was handed on to": ("next", Kill("ring.opening", 2)),
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_killed(death: str) -> None:
+    """The living end their links with the dead and go on, whoever comes back joins under its name."""
+    role, kill = DEATHS[death]
+    outcome = play(role, kill)
+    assert outcome.killed
+    assert outcome.restarted
+    assert outcome.wrong == []
+    assert set(outcome.noticed(role)) == {*ROLES} - {role}
+    for name in ROLES:
+        assert len(outcome.reports[name]) == 1
+    answered = outcome.reports["front"][0]["answered"]
+    assert answered >= sum(len(job.by) for job in SCRIPT)
+    shm.sweep()
+    assert outcome.left() == []
+
+
+def listen_late(stage: Stage) -> None:
+    """A front that starts when a peer has been trying for a while."""
+    time.sleep(0.7)
+    with transport.listen(stage.address("front"), config=config()) as front:
+        front.wait_for_peers({"peer"}, timeout=WAIT)
+        front.send("welcome", to="peer")
+
+
+def test_whoever_starts_first_finds_the_other_later() -> None:
+    """One call of `connect` goes on trying, though there is not even a socket at first."""
+    with folder() as path, running(listen_late, stage := Stage(path)):
+        address = stage.address("front")
+        with transport.connect(address, name="peer", config=config(), timeout=WAIT) as peer:
+            assert peer.receive(timeout=WAIT).body == "welcome"
+
+
+# ------------------------------------------------------------------------------------ half a copy
+
+
+def tear(stage: Stage) -> None:
+    """A writer whose second message ends it half-way through the copy: the second half is not there."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    path = stage.path / "torn"
+    path.write_bytes(bytes(256 << 10))
+    with path.open("r+b") as file:
+        torn = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
+    os.truncate(path, 128 << 10)
+    with transport.listen(stage.address("front"), config=config()) as front:
+        front.wait_for_peers({"reader"}, timeout=WAIT)
+        front.send({"bytes": pattern(1, 100_000)}, to="reader")
+        front.receive(timeout=WAIT)
+        front.send({"bytes": torn}, to="reader")
+
+
+def test_a_writer_dead_half_way_through_the_copy() -> None:
+    """What is half there is never handed out, and what was open stays."""
+    with folder() as path, running(tear, stage := Stage(path)) as writer:
+        with transport.connect(stage.address("front"), name="reader", config=config()) as reader:
+            held = reader.receive(timeout=WAIT).body["bytes"]
+            segments = segments_of({writer.pid or 0})
+            reader.send({"go": "on"})
+            with pytest.raises(PeerGone, match="front"):
+                reader.receive(timeout=WAIT)
+            assert digest(held) == digest(pattern(1, 100_000))
+        writer.join(WAIT)
+        assert writer.exitcode == -signal.SIGBUS
+        assert shm.describe(segments[0]).live == 2  # the half one, too
+        assert shm.sweep() == segments
+        assert digest(held) == digest(pattern(1, 100_000))
+
+
+# ------------------------------------------------------------------------------------ all at once
+
+
+def perform_in_group(role: str, stage: Stage, group: int) -> None:
+    """A role of the play in the process group of the front, as in a container."""
+    os.setpgid(0, group)
+    perform(role, stage, None)
+
+
+def test_a_whole_process_group_killed_like_a_container() -> None:
+    """The next start under the same addresses finds the place free, and removes what was left."""
+    with folder() as path:
+        stage = Stage(path)
+        front = start(perform_in_group, "front", stage, 0)
+        group = front.pid or 0
+        until(lambda: os.getpgid(group) == group, "the front has a group of its own")
+        cast = [front, *(start(perform_in_group, role, stage, group) for role in ("worker", "next"))]
+        pids = {process.pid or 0 for process in cast}
+        try:
+            until(lambda: len(segments_of(pids)) == 2, "front and worker have made their rings")
+            os.killpg(group, signal.SIGKILL)
+            for process in cast:
+                process.join(WAIT)
+                assert process.exitcode == -signal.SIGKILL
+        finally:
+            for process in cast:
+                finish(process)
+        assert len(segments_of(pids)) == 2
+        again = [start(perform, role, stage, None) for role in ROLES]
+        try:
+            until(lambda: stage.done, "the next start works")
+        finally:
+            stage.end()
+            for process in again:
+                process.join(WAIT)
+                finish(process)
+        assert segments_of(pids) == []
+        assert [text for role in ROLES for report in stage.reports(role) for text in report["wrong"]] == []
+
+
+# ------------------------------------------------------------------------------------ failed sends
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """No garbage collector: what goes at once must not wait for it."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("others", [(), ("nobody",)], ids=["to one", "to several"])
+@pytest.mark.parametrize("backend", ["shm", "auto"])
+def test_a_failed_send_gives_its_loan_back_at_once(backend: str, others: tuple[str, ...]) -> None:
+    """Neither the error of a dead peer nor that of a full ring keeps what was to be sent."""
+    settings = config(backend=backend, detour_bytes=1 << 16, detour_after=0.0)
+    with folder() as path, transport.listen(Stage(path).address("front"), config=settings) as front:
+        with running(answer, front.addresses[0], "peer") as peer:
+            front.wait_for_peers({"peer"}, timeout=WAIT)
+            assert ask(front, "peer", 1)
+            assert peer.pid
+            os.kill(peer.pid, signal.SIGSTOP)
+            try:
+                while fits(front):
+                    continue
+                full = front.statistics()["backend"]
+                with pytest.raises((Full, PeerGone)):
+                    send_loan(front, ["peer", *others])
+                assert live(front.statistics()["backend"]) == live(full)
+            finally:
+                os.kill(peer.pid, signal.SIGCONT)
+            peer.kill()
+            until(lambda: "peer" in front.statistics()["left"], "the dead is named")
+        with pytest.raises(PeerGone):
+            send_loan(front, ["peer", *others])
+        assert live(front.statistics()["backend"]) == 0
+
+
+def send_loan(front: transport.Endpoint, to: list[str]) -> None:
+    with front.loan((70_000,), np.uint8, timeout=0) as out:
+        front.try_send({"id": 0, "bytes": out}, to=to)
+
+
+def fits(front: transport.Endpoint) -> bool:
+    try:
+        send_loan(front, ["peer"])
+    except Full:
+        return False
+    return True
+
+
+def live(backend: dict[str, Any]) -> int:
+    """How many records the ring holds."""
+    return int(backend.get("shm", backend)["ring"].live)
+
+
+# ------------------------------------------------------------------------------------ slow is not dead
+
+
+def answer(address: str, name: str) -> None:
+    """Send back the number and the digest of whatever comes, until the front is gone."""
+    with transport.connect(address, name=name, config=config(), timeout=WAIT) as endpoint:
+        while True:
+            try:
+                message = endpoint.receive(timeout=WAIT)
+            except PeerGone:
+                return
+            reply = {"id": message.body["id"], "digest": digest(message.body["bytes"])}
+            del message
+            endpoint.send(reply, to="front")
+
+
+@pytest.mark.parametrize(
+    "seconds", [pytest.param(2.0, id="seconds"), pytest.param(60.0, id="a minute", marks=pytest.mark.stress)]
+)
+def test_a_stopped_reader_is_slow_and_not_dead(seconds: float) -> None:
+    """Its part of the ring fills up, the others are served meanwhile, and it finds everything afterwards."""
+    with folder() as path, listening(path) as front:
+        address = front.addresses[0]
+        with running(answer, address, "slow") as slow, running(answer, address, "quick"):
+            front.wait_for_peers({"slow", "quick"}, timeout=WAIT)
+            for name in ("slow", "quick"):
+                assert ask(front, name, 0)
+            assert slow.pid
+            os.kill(slow.pid, signal.SIGSTOP)
+            sent, served, full = 0, 0, 0
+            reasons: dict[str, str] = {}
+            end = time.monotonic() + seconds
+            while time.monotonic() < end or served < 20 or not full:
+                try:
+                    front.try_send({"id": sent + 1, "bytes": pattern(sent + 1, 100_000)}, to="slow")
+                    sent += 1
+                except Full as error:
+                    reasons.update(error.failed)
+                    full += 1
+                served += ask(front, "quick", 1000 + served)
+                time.sleep(0.01)
+            assert {peer.name for peer in front.peers} == {"slow", "quick"}
+            assert front.statistics()["left"] == {}
+            assert set(reasons) == {"slow"}
+            assert "has not acknowledged" in reasons["slow"]
+            os.kill(slow.pid, signal.SIGCONT)
+            for number in range(1, sent + 1):
+                assert right(front.receive(timeout=WAIT), "slow", number)
+            assert ask(front, "slow", sent + 1)
+
+
+def listening(path: Path) -> transport.Endpoint:
+    return transport.listen(Stage(path).address("front"), config=config())
+
+
+def ask(front: transport.Endpoint, name: str, number: int) -> bool:
+    """Whether that peer has the right bytes of a message."""
+    front.send({"id": number, "bytes": pattern(number, 100_000)}, to=name)
+    return right(front.receive(timeout=WAIT), name, number)
+
+
+def right(message: transport.Message, name: str, number: int) -> bool:
+    expected = {"id": number, "digest": digest(pattern(number, 100_000))}
+    assert (message.sender, message.body) == (name, expected)
+    return True
+
+
+# ------------------------------------------------------------------------------------ links that end
+
+
+def meanwhile(other: transport.Endpoint, call: Callable[[], object]) -> None:
+    """Make a call that needs an answer of another endpoint of this process."""
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(call)
+        until(lambda: other.statistics() and done.done(), "the call returns")
+        done.result()
+
+
+def test_a_peer_that_comes_back_while_it_has_messages_of_its_old_link() -> None:
+    """The end of the old link, once the last of them is taken, leaves the ring mapped for the new one."""
+    with folder() as path, listening(path) as front, transport.Endpoint("peer", config()) as peer:
+        meanwhile(front, lambda: peer.connect(front.addresses[0]))
+        meanwhile(peer, lambda: front.send(pattern(1, 50_000), to="peer"))
+        front.send(pattern(2, 50_000), to="peer")
+        link = front._exchange.roster.named("peer")
+        assert link is not None
+        link.tell(Goodbye(link.peer.link, "for a test"))
+        front._exchange._finish(link, "for a test")
+        until(lambda: "front" in peer.statistics()["left"], "the link has ended")
+        meanwhile(front, lambda: peer.connect(front.addresses[0]))
+        meanwhile(peer, lambda: front.send(pattern(3, 50_000), to="peer"))
+        until(lambda: peer.statistics() and len(peer._exchange.receiver) == 3, "the third message is there")
+        for _ in range(2):  # the writer took their records back when the link ended
+            with pytest.raises(ProtocolError, match="stale"):
+                peer.receive(timeout=WAIT)
+        assert np.array_equal(peer.receive(timeout=WAIT).body, pattern(3, 50_000))
+
+
+# ------------------------------------------------------------------------------------ children
+
+
+@contextmanager
+def adopting() -> Iterator[None]:
+    """Children whose parent dies become this process's, which can wait for them then."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    try:
+        yield
+    finally:
+        assert libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) == 0
+
+
+def lasting_fork() -> int:
+    """A forked child that inherits all and only sleeps; its pid."""
+    child = os.fork()
+    if not child:
+        signal.pause()
+    return child
+
+
+def lasting_c_fork() -> int:
+    """The same, forked by C code: none of Python's hooks runs."""
+    child = int(ctypes.PyDLL(None).fork())
+    if not child:
+        signal.pause()
+    return child
+
+
+def lasting_program() -> int:
+    """Another program, which inherits every descriptor that is not marked otherwise; its pid."""
+    # Deliberately not waited for: its parent dies first.
+    return subprocess.Popen(["sleep", "600"], close_fds=False).pid
+
+
+CHILDREN = {"fork": lasting_fork, "fork from C": lasting_c_fork, "a program": lasting_program}
+
+
+def answer_with_child(address: str, name: str, note: Path, kind: str) -> None:
+    """As `answer`, but everything is kept, and from the second message on there is a child."""
+    held = []
+    with transport.connect(address, name=name, config=config(), timeout=WAIT) as endpoint:
+        while True:
+            try:
+                message = endpoint.receive(timeout=WAIT)
+            except PeerGone:
+                return
+            held.append(message)
+            if len(held) == 2:
+                note.write_text(str(CHILDREN[kind]()))
+            reply = {"id": message.body["id"], "digest": digest(message.body["bytes"])}
+            endpoint.send(reply, to="front")
+
+
+@pytest.mark.parametrize("kind", CHILDREN)
+def test_a_process_whose_child_lives_on(kind: str) -> None:
+    """The child may have its connection, but none of its locks: the dead is named, its space comes back."""
+    with folder() as path, adopting(), listening(path) as front:
+        note = path / "child"
+        with running(answer_with_child, front.addresses[0], "peer", note, kind) as peer:
+            front.wait_for_peers({"peer"}, timeout=WAIT)
+            assert ask(front, "peer", 1)
+            assert ask(front, "peer", 2)
+            child = int(note.read_text())
+            try:
+                assert front.statistics()["backend"]["ring"].live == 2
+                peer.kill()
+                until(lambda: "peer" in front.statistics()["left"], "the dead is named")
+                until(lambda: not front.statistics()["backend"]["ring"].live, "its space comes back")
+                os.kill(child, 0)  # it lives
+            finally:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
+
+def test_a_forked_child_killed_takes_nothing_along() -> None:
+    """Its parent goes on with its link, its leases and its locks."""
+    with folder() as path, listening(path) as front:
+        note = path / "child"
+        with running(answer_with_child, front.addresses[0], "peer", note, "fork"):
+            front.wait_for_peers({"peer"}, timeout=WAIT)
+            assert ask(front, "peer", 1)
+            assert ask(front, "peer", 2)
+            os.kill(int(note.read_text()), signal.SIGKILL)
+            assert ask(front, "peer", 3)
+            with pytest.raises(Timeout):
+                front.receive(timeout=0.7)  # as long as it takes to look at locks and connections
+            assert [peer.name for peer in front.peers] == ["peer"]
+            assert front.statistics()["backend"]["ring"].live == 3
+            assert ask(front, "peer", 4)

@@ -1,0 +1,354 @@
+"""What comes in on the sockets of one endpoint, and what follows from it: greetings, proofs, ends of links.
+
+No thread works in the background: every call of an endpoint first handles what has come (`pump`).
+Nothing spins; who waits sleeps in epoll.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+import weakref
+from collections import Counter
+from contextlib import suppress
+
+from transport import message as wire_types
+from transport import registry
+from transport.backends.base import Outbound, Proof, Refusal
+from transport.config import TransportConfig
+from transport.errors import Closed, ProtocolError
+from transport.link import Link
+from transport.message import (
+    Acknowledgement,
+    Answered,
+    Attached,
+    Goodbye,
+    Hello,
+    Offered,
+    Refused,
+    Settled,
+    Welcome,
+)
+from transport.receiving import Receiver
+from transport.roster import Roster
+from transport.sending import Sender
+from transport.wire import Arrived, Busy, Route, Unreachable, Wire
+
+LOOK_AT_LOCKS_EVERY = 0.5
+_DRAIN = 64
+_READ_AT_AN_END = 64  # rounds
+_CONNECTION_OUTLIVES_LOCK = 1.0  # seconds that what a dying peer still sent may take to come
+_PUMP_MAY_TAKE = 10.0
+_SUSPECT_FOR, _SUSPECT_NAP = 1.0, 0.01
+
+
+class Exchange:
+    """The working parts of an endpoint: wire, roster, sender, receiver, and what connects them.
+
+    Safe for several threads; one at a time handles what has come.
+    """
+
+    def __init__(self, name: str, config: TransportConfig) -> None:
+        outbound = registry.load(config.backend).outbound(config)
+        inbounds = registry.inbounds(config)
+        self.name = name
+        self.config = config
+        self.wire = Wire(config)
+        self.roster = Roster(self.wire, config, name, list(inbounds))
+        self.receiver = Receiver(config, inbounds, self._finish)
+        self.sender = Sender(config, self.roster, outbound, self.poll, self.wait)
+        self.dropped: Counter[str] = Counter()
+        self.closed = False
+        self._pid = os.getpid()
+        self._dialling: dict[int, tuple[int, Welcome | Refused | None]] = {}
+        self._suspects: dict[int, float] = {}
+        self._dead_since: dict[int, float] = {}
+        self._looked = 0.0
+        self._announced: set[int] = set()
+        self._pumping = threading.Lock()
+        self._abandoned = weakref.finalize(self, _abandon, self._pid, self.wire, outbound)
+
+    def check(self) -> None:
+        """`Closed` unless this endpoint is open and this process made it."""
+        if os.getpid() != self._pid:
+            raise Closed(f"this endpoint was made in process {self._pid}; make one in this process")
+        if self.closed:
+            raise Closed(f"endpoint {self.name!r} is closed")
+
+    def close(self) -> None:
+        """Say goodbye, wait for what is still to be sent, give everything back. Twice is fine."""
+        if self.closed or os.getpid() != self._pid:
+            return
+        self.closed = True
+        self._abandoned.detach()
+        self.wire.wake()
+        # With a limit, since an interrupt (Ctrl-C) may have taken the lock and never given it back.
+        held = self._pumping.acquire(timeout=_PUMP_MAY_TAKE)
+        try:
+            for link in self.roster.links():
+                link.acknowledge()
+                link.tell(Goodbye(link.peer.link))
+                self._finish(link, "was left: this endpoint closed")
+            self.sender.outbound.close()
+            self.receiver.close()
+            self.wire.close()
+        finally:
+            if held:
+                self._pumping.release()
+
+    # ------------------------------------------------------------------ waiting
+
+    def poll(self) -> None:
+        """For who waits inside of a backend: not beyond the end of this endpoint."""
+        self.check()
+        self.pump()
+
+    def wait(self, left: float) -> None:
+        """Sleep until something may have come, `left` seconds at most, or until it is time to look."""
+        self.acknowledge()
+        self.wire.wait(min(left, _SUSPECT_NAP if self._suspects else LOOK_AT_LOCKS_EVERY))
+
+    def acknowledge(self) -> None:
+        """Tell every peer what was taken; before sleeping, since nothing else may go there soon."""
+        for link in self.roster.links():
+            link.acknowledge()
+
+    def shake_hands(self, number: int, deadline: float) -> Welcome | Refused | None:
+        """Say hello on a new socket; the answer, None when there is none in time or no connection."""
+        nonce = secrets.randbits(63)
+        self._dialling[number] = nonce, None
+        try:
+            self.wire.post(Route(number), wire_types.encode(self.roster.hello(nonce)))
+            while True:
+                self.pump()
+                answer = self._dialling[number][1]
+                if answer is not None or self._suspects.pop(number, None) is not None:
+                    break
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self.wire.wait(left)
+                self.check()
+        finally:
+            with self._pumping:  # another thread may just be handling the answer
+                _, answer = self._dialling.pop(number)
+        return answer
+
+    # ------------------------------------------------------------------ what came
+
+    def pump(self, *, taking: bool = False) -> None:
+        """Handle what has come, unless another thread is at it.
+
+        Who is `taking` messages afterwards calls `wake_if_left` when done.
+        """
+        if not self._pumping.acquire(blocking=False):
+            return
+        try:
+            if self.closed:
+                return
+            for arrived in self.wire.drain(_DRAIN):
+                self._handle(arrived)
+            for socket in self.wire.lost():
+                self._suspects[socket] = time.monotonic() + _SUSPECT_FOR
+            if self._suspects:
+                self._examine()
+            if self._is_time_to_look():
+                self._look_at_locks()
+                self._announce_changes()
+        finally:
+            self._pumping.release()
+        if not taking:
+            self.wake_if_left()
+
+    def wake_if_left(self) -> None:
+        """Let others know that there are messages to take."""
+        if len(self.receiver):
+            self.wire.wake()
+
+    def _handle(self, arrived: Arrived) -> None:
+        if len(arrived.control) > self.config.max_control_bytes:
+            self._drop("too large")  # decoded it would be many times as large
+            return
+        try:
+            message = wire_types.decode(arrived.control)
+        except ProtocolError:
+            self._drop("not a message")
+            return
+        if isinstance(message, Hello):
+            self._greet(arrived.route, message)
+        elif isinstance(message, Welcome | Refused):
+            self._answered(arrived.route, message)
+        else:
+            link = self.roster.at(arrived.route)
+            if link is None or link.peer.link != message.link:
+                self._drop("of another link")
+                return
+            try:
+                self._handle_in_link(link, message, arrived)
+            except ProtocolError as error:
+                link.tell(Goodbye(link.peer.link, str(error)[:500]))
+                self._drop("against the protocol")
+                self._finish(link, f"broke the protocol: {error}")
+
+    def _handle_in_link(self, link: Link, message: wire_types.Control, arrived: Arrived) -> None:
+        if isinstance(message, wire_types.Numbered):
+            link.settle(message.seen)
+            self.config.emit("receive.arrived", peer=link.peer.name, number=message.number)
+            self.receiver.arrive(link, message, arrived.frames)
+        elif isinstance(message, Acknowledgement):
+            link.settle(message.seen)
+        elif isinstance(message, Offered):
+            self._accept(link, message)
+        elif isinstance(message, Answered):
+            answer = Refusal(message.reason) if message.proof is None else Proof(message.proof)
+            reason = self.sender.outbound.admit(link.peer, answer)
+            self.config.emit("admission.judged", peer=link.peer.name, reason=reason)
+            link.tell(Settled(link.peer.link, message.backend, reason[:500]))
+        elif isinstance(message, Settled):
+            self._inbound_settled(link, message)
+        elif isinstance(message, Attached):
+            link.stores = frozenset(message.stores)
+        elif isinstance(message, Goodbye):
+            self._finish(link, f"said goodbye{': ' + message.reason if message.reason else ''}")
+
+    def _greet(self, route: Route, hello: Hello) -> None:
+        if not route.identity or self.roster.at(route) is not None:
+            self._drop("a second greeting")
+            return
+        reason = self.roster.judge(hello)
+        holder = self.roster.named(hello.name)
+        if not reason and holder is not None:
+            if self._lives(holder):
+                reason = self.roster.taken(holder)
+            else:
+                self._finish(holder, "was replaced by a new peer of its name")
+        if reason:
+            self._drop("refused")
+            self._post(route, self.roster.refusal(hello, reason))
+            return
+        link, welcome = self.roster.welcome(route, hello)
+        self._post(route, welcome)
+        self._begin(link)
+
+    def _answered(self, route: Route, answer: Welcome | Refused) -> None:
+        nonce, answered = self._dialling.get(route.socket, (None, None))
+        if answer.nonce != nonce or answered is not None:
+            self._drop("of another link")
+            return
+        if isinstance(answer, Welcome):
+            try:
+                self._begin(self.roster.welcomed(route, answer))
+            except ProtocolError as error:
+                answer = Refused(answer.nonce, str(error))
+        self._dialling[route.socket] = answer.nonce, answer
+
+    def _begin(self, link: Link) -> None:
+        self.config.emit("link.begun", peer=link.peer.name)
+        if self._announced:
+            link.tell(Attached(link.peer.link, list(self._announced)))
+        self.sender.greet(link)
+
+    def _accept(self, link: Link, offered: Offered) -> None:
+        inbound = self.receiver.inbounds.get(offered.backend)
+        answer: Proof | Refusal = Refusal(f"this endpoint does not read {offered.backend}")
+        if inbound is not None:
+            answer = inbound.accept(link.peer, offered.offer, self.name)
+        proof, reason = (answer.data, "") if isinstance(answer, Proof) else (None, answer.reason[:500])
+        self.config.emit("admission.proved", peer=link.peer.name, reason=reason)
+        link.tell(Answered(link.peer.link, offered.backend, proof, reason))
+
+    def _inbound_settled(self, link: Link, settled: Settled) -> None:
+        inbound = self.receiver.inbounds.get(settled.backend)
+        if inbound is not None:
+            inbound.settle(link.peer, settled.reason)
+            self._announce_changes()
+
+    def _announce_changes(self) -> None:
+        """Tell peers which stores this endpoint reads now, so that they hand on handles of no others."""
+        stores = {store for inbound in self.receiver.inbounds.values() for store in inbound.stores()}
+        if stores != self._announced:
+            self._announced = stores
+            for link in self.roster.links():
+                link.tell(Attached(link.peer.link, list(stores)))
+
+    def _post(self, route: Route, message: wire_types.Control) -> None:
+        with suppress(Unreachable, Busy):  # who asked is gone already
+            self.wire.post(route, wire_types.encode(message))
+
+    # ------------------------------------------------------------------ who left
+
+    def _examine(self) -> None:
+        """A connection ended on some sockets: find out whose, after reading what it still sent."""
+        now = time.monotonic()
+        for socket, until in list(self._suspects.items()):
+            if socket in self._dialling:
+                continue
+            links = self.roster.on(socket)
+            gone = [link for link in links if _is_one_peer(link) or not link.reachable()]
+            if gone:
+                self._read_all()
+            for link in gone:
+                self._finish(link, "is gone: the connection ended")
+            if now > until or not links:
+                self._suspects.pop(socket, None)
+
+    def _read_all(self) -> None:
+        # Not for ever: on a socket that serves several, somebody else may go on sending.
+        for _ in range(_READ_AT_AN_END):
+            came = self.wire.drain(_DRAIN)
+            for arrived in came:
+                self._handle(arrived)
+            if not came:
+                return
+
+    def _look_at_locks(self) -> None:
+        """Peers whose kernel lock is free are dead, though a child of theirs may keep the connection."""
+        self._looked = now = time.monotonic()
+        for link in self.roster.links():
+            if self._lock_held(link) is not False:
+                self._dead_since.pop(link.peer.link, None)
+            elif now - self._dead_since.setdefault(link.peer.link, now) > _CONNECTION_OUTLIVES_LOCK:
+                self._finish(link, "died: its lock is free")
+
+    def _is_time_to_look(self) -> bool:
+        return time.monotonic() - self._looked >= LOOK_AT_LOCKS_EVERY
+
+    def _lock_held(self, link: Link) -> bool | None:
+        answers = [self.sender.outbound.alive(link.peer)]
+        answers += [inbound.alive(link.peer) for inbound in self.receiver.inbounds.values()]
+        known = [answer for answer in answers if answer is not None]
+        return all(known) if known else None
+
+    def _lives(self, link: Link) -> bool:
+        return self._lock_held(link) is not False and link.reachable()
+
+    def _finish(self, link: Link, reason: str) -> None:
+        """The link has ended: let go of everything that it kept."""
+        if not link.end(reason):
+            return
+        self.config.emit("link.ended", peer=link.peer.name, reason=reason)
+        self.roster.remove(link, reason)
+        self._dead_since.pop(link.peer.link, None)
+        self.sender.forget(link)
+        if not link.waiting:
+            self.receiver.forget(link)
+        if _is_one_peer(link):
+            self.wire.hang_up(link.route.socket)
+        self.wire.wake()
+
+    def _drop(self, reason: str) -> None:
+        self.dropped[reason] += 1
+
+
+def _abandon(pid: int, wire: Wire, outbound: Outbound) -> None:
+    """An endpoint was dropped, or the interpreter exits, without `close`: leave no name and no socket."""
+    if os.getpid() == pid:
+        outbound.close()
+        wire.close()
+
+
+def _is_one_peer(link: Link) -> bool:
+    """Whether this endpoint dialled the link, so that its socket serves nobody else."""
+    return not link.route.identity
