@@ -22,8 +22,6 @@ COLUMNS = ("shm", "loan", "frames", "pickle")
 # Prompts × images in each.
 LAYOUTS = ((8, 4), (1, 32))
 IMAGE, QUICK_IMAGE = 16 * MIB, 4 * MIB
-# One peer may have all of the ring: by default a prompt of 512 MiB would exceed its share and go in parts.
-LIMITS = {"peer_share": 1.0}
 # A small prompt goes first, so that code and libraries are loaded on both sides when idle memory is measured.
 WARM, WARM_BYTES = -1, 64 << 10
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -49,7 +47,7 @@ Figures: MiB, median [lowest..highest round]."""
 
 def near(folder: Path, *, column: str, prompts: int, images: int, nbytes: int) -> Report:
     """The sending end: sends every prompt and waits until far has dropped it."""
-    link = links.open_near(folder, column, **LIMITS)
+    link = links.open_near(folder, column)
     with contextlib.closing(link):
         _send_prompt(link, WARM, 1, WARM_BYTES, lent=column == "loan")
         before = time.monotonic()
@@ -94,7 +92,7 @@ def _expect(answer: links.Body, prompt: int) -> None:
 
 def far(folder: Path, *, column: str, prompts: int, images: int, nbytes: int) -> Report:
     """The receiving end: checks every image, holds the prompt, drops it, answers."""
-    link = links.open_far(folder, column, **LIMITS)
+    link = links.open_far(folder, column)
     with contextlib.closing(link):
         verified = _take_prompt(folder, link, WARM, 1, WARM_BYTES)
         for prompt in range(prompts):
