@@ -10,7 +10,7 @@ VENV_FLAGS ?=
 TORCH ?=
 TORCH_INDEX ?=
 JOBS ?= 2
-BENCH ?= channel ring memory
+BENCH ?= channel ring memory idle
 ARGS ?=
 
 # Relative, so that a checkout whose path has a space in it works.

@@ -53,7 +53,7 @@ def doctor(config_file: Path | None, as_json: bool, **flags: Any) -> int:
         click.echo(json.dumps({"problems": problems, "findings": lines}, indent=2))
     else:
         console().print(_table(findings))
-        click.echo(f"{problems} problems" if problems else "no problems")
+        click.echo(f"problems: {problems}")
     return 1 if problems else 0
 
 

@@ -24,20 +24,26 @@ from shm.errors import (
     Stalled,
 )
 from shm.handle import Handle, Offer
-from shm.inspect import SegmentInfo, describe, names, sweep
-from shm.memory import Space, human, require_space, space
+from shm.inspect import describe, names, records, sweep, try_lock
+from shm.look import ReaderInfo, RecordInfo, RecordReader, SegmentInfo
+from shm.memory import DIRECTORY, REMEDY, Space, human, require_space, space
 from shm.reader import RingReader
 from shm.record import Lease, Record, RingStatistics
 from shm.writer import RingWriter
 
 __all__ = [
+    "DIRECTORY",
+    "REMEDY",
     "AdmissionFailed",
     "Handle",
     "LayoutMismatch",
     "Lease",
     "NoSpace",
     "Offer",
+    "ReaderInfo",
     "Record",
+    "RecordInfo",
+    "RecordReader",
     "RecordTooLarge",
     "RingClosed",
     "RingFull",
@@ -54,7 +60,9 @@ __all__ = [
     "describe",
     "human",
     "names",
+    "records",
     "require_space",
     "space",
     "sweep",
+    "try_lock",
 ]

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import posix_ipc
 
 from shm import layout as at
 from shm import memory
-from shm.errors import LayoutMismatch, SegmentMissing
+from shm.errors import LayoutMismatch, SegmentMissing, ShmError
 from shm.liveness import LivenessLock, is_held
+from shm.look import Look, RecordInfo, SegmentInfo
 from shm.segment import WRITER, open_checked
-
-
-@dataclass(frozen=True)
-class SegmentInfo:
-    """One name in /dev/shm. `capacity`, `mark`, `used` in bytes; zero where the header is unusable."""
-
-    name: str
-    alive: bool
-    pid: int
-    nbytes: int
-    capacity: int = 0
-    mark: int = 0
-    live: int = 0
-    used: int = 0
-    readers: tuple[str, ...] = ()
 
 
 def names() -> list[str]:
@@ -38,30 +23,18 @@ def names() -> list[str]:
 
 
 def describe(name: str) -> SegmentInfo:
-    """What a segment's header and columns say. `SegmentMissing` when it is gone."""
+    """What a segment's header, slot table and columns say. `SegmentMissing` when it is gone."""
     try:
-        fd, layout = open_checked(name)
+        with _looking(name) as look:
+            return look.segment(name)
     except LayoutMismatch:
         return _unusable(name)
-    try:
-        with (
-            mmap.mmap(fd, layout.data_offset, prot=mmap.PROT_READ) as control,
-            memoryview(control) as whole,
-            whole.cast("Q") as words,
-        ):
-            return SegmentInfo(
-                name=name,
-                alive=is_held(fd, WRITER),
-                pid=words[at.H_PID],
-                nbytes=os.fstat(fd).st_blocks * 512,
-                capacity=layout.capacity,
-                mark=words[at.H_MARK],
-                live=words[at.H_LIVE],
-                used=words[at.H_USED],
-                readers=tuple(_readers(fd, layout, words)),
-            )
-    finally:
-        os.close(fd)
+
+
+def records(name: str) -> list[RecordInfo]:
+    """The records of a segment, by address. `SegmentMissing` when it is gone, `LayoutMismatch`."""
+    with _looking(name) as look:
+        return look.records()
 
 
 def sweep(*, dry_run: bool = False) -> list[str]:
@@ -71,6 +44,28 @@ def sweep(*, dry_run: bool = False) -> list[str]:
     another name by its creator, who looks.
     """
     return [name for name in names() if _sweep(name, dry_run=dry_run)]
+
+
+def try_lock() -> None:
+    """Take a liveness lock on a file without a name in /dev/shm and ask for it, as rings do.
+
+    `ShmError` says what is in the way of rings here.
+    """
+    try:
+        fd = os.open(memory.DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ShmError(f"no file can be made in {memory.DIRECTORY}: {error.strerror}") from error
+    try:
+        if not memory.is_tmpfs(fd):
+            raise ShmError(f"{memory.DIRECTORY} is no tmpfs: locks mean nothing there; mount a tmpfs")
+        lock = LivenessLock(fd, WRITER)
+        try:
+            if not is_held(fd, WRITER):
+                raise ShmError("a lock that was taken is not seen: locks do not work here")
+        finally:
+            lock.release()
+    finally:
+        os.close(fd)
 
 
 def _sweep(name: str, *, dry_run: bool) -> bool:
@@ -105,14 +100,10 @@ def _unusable(name: str) -> SegmentInfo:
         os.close(fd)
 
 
-def _readers(fd: int, layout: at.Layout, words: memoryview) -> list[str]:
-    readers = []
-    for column in range(layout.columns):
-        if is_held(fd, 1 + column):
-            start = layout.column_offset(column) // at.WORD
-            name = words[start + at.C_NAME : start + at.C_NAME + at.NAME_BYTES // at.WORD].tobytes()
-            decoded = name.rstrip(b"\0").decode(errors="replace")
-            # Anybody who can attach chose it, and it is shown on a terminal.
-            text = "".join(c if c.isprintable() else "?" for c in decoded)
-            readers.append(f"{text} (pid {words[start + at.C_PID]})")
-    return readers
+@contextmanager
+def _looking(name: str) -> Iterator[Look]:
+    fd, layout = open_checked(name)
+    try:
+        yield Look(fd, layout)
+    finally:
+        os.close(fd)

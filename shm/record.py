@@ -66,6 +66,14 @@ class Lease(NamedTuple):
     seconds: float
 
 
+class Holding(NamedTuple):
+    """What one reader has open or on its way: records, bytes, seconds that the oldest is open (0: none)."""
+
+    records: int
+    nbytes: int
+    oldest: float
+
+
 @dataclass(frozen=True)
 class RingStatistics:
     """Bytes and counts of one ring, at one moment; `capacity` may be lower than asked for.

@@ -28,7 +28,7 @@ from shm.layout import Layout
 from shm.ledger import Ledger
 from shm.mapping import address_of, lineage
 from shm.placement import Placement
-from shm.record import Lease, Record, RingStatistics, Trace
+from shm.record import Holding, Lease, Record, RingStatistics, Trace
 from shm.words import TOTAL_STORE_ORDER, fence
 
 GROWTH_BYTES = 64 << 20
@@ -273,6 +273,17 @@ class RingWriter:
             for column in gone:
                 self._ledger.charged.pop(column, None)
             return [tenant.name for tenant in gone.values()]
+
+    def held(self, column: int) -> Holding:
+        """What a reader has open or on its way, and how long the oldest of what it has open."""
+        with self._lock:
+            if self._closed:
+                return Holding(0, 0, 0.0)
+            opened = self._opened(column)
+            flying = [r for r in self._ledger.in_flight(column) if not opened[r.slot]]
+            oldest = self._columns.oldest(column, opened)
+            seconds = max(0, time.monotonic_ns() - oldest[1]) / 1e9 if oldest else 0.0
+            return Holding(int(opened.sum()) + len(flying), self._held(column, opened), seconds)
 
     # ------------------------------------------------------------------ looking and telling
 

@@ -313,7 +313,7 @@ class TestDoctor:
         assert "problem open files 100 → Every peer takes some descriptors: ulimit -n 1024" in shown
         assert "ok /dev/shm" in shown
         assert "--tensor-transport frames makes no ring" in shown
-        assert shown.endswith(" 1 problems")
+        assert shown.endswith(" problems: 1")
 
     def test_a_mistake_is_one_line(self) -> None:
         done = tensorferry("doctor", "--shm-ring-gb", "much")

@@ -9,15 +9,32 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from shm import RingWriter, SegmentMissing, describe, names, segment, sweep
-from shm.layout import Layout
+from shm import (
+    LayoutMismatch,
+    Record,
+    RingReader,
+    RingWriter,
+    SegmentMissing,
+    ShmError,
+    describe,
+    look,
+    memory,
+    names,
+    records,
+    segment,
+    sweep,
+    try_lock,
+)
+from shm.layout import CLOSING, H_STARTED, LINE, S_FILLED, S_NBYTES, WORD, Layout
 from shm.liveness import LivenessLock
 from tests.shm.rings import ROOT, attach, ring, send
 
 SHM = Path("/dev/shm")
+WAIT = 60.0
 DIE = """
 import os, sys
 from shm import RingWriter
@@ -52,9 +69,9 @@ def test_a_segment_is_described() -> None:
         assert (info.capacity, info.mark, info.live, info.used) == (1 << 20, 1 << 20, 1, 5000)
         assert 1 << 20 <= info.nbytes < 2 << 20
         mine, hostile = info.readers
-        assert mine == f"reader (pid {os.getpid()})"
-        assert hostile.startswith("évil?[2J?xxx")
-        assert len(hostile) < 60
+        assert str(mine) == f"reader (pid {os.getpid()})"
+        assert hostile.name.startswith("évil?[2J?xxx")
+        assert len(hostile.name) <= 32
         other.close()
         writer.drop([record])
         writer.look()
@@ -185,3 +202,146 @@ while time.monotonic() < end and not sys.stdin.closed:
             process.kill()
             process.communicate()
     assert lost == []
+
+
+def sent_to(writer: RingWriter, nbytes: int, *readers: RingReader) -> Record:
+    """A record in flight to these readers, on which this process counts no longer."""
+    (record,) = writer.reserve([nbytes], columns=[reader.column for reader in readers])
+    writer.commit([record])
+    return record
+
+
+def states(name: str, record: Record) -> dict[str, str]:
+    """What each reader does with a record, by name."""
+    (info,) = (info for info in records(name) if info.slot == record.slot)
+    return {reader.name: reader.state for reader in info.readers}
+
+
+def test_a_record_says_what_each_reader_does_with_it() -> None:
+    with ring(columns=3) as (writer, first):
+        second = attach(writer, "second")
+        record = sent_to(writer, 5000, first, second)
+        assert states(writer.name, record) == {"reader": "not opened", "second": "not opened"}
+        view = first.open(record.handle)
+        assert states(writer.name, record) == {"reader": "open", "second": "not opened"}
+        (info,) = records(writer.name)
+        assert (info.slot, info.generation, info.offset) == record.handle[1:4]
+        assert (info.nbytes, info.filled) == (5000, 5000)
+        opened, waiting = info.readers
+        assert (opened.pid, waiting.pid, waiting.seconds) == (os.getpid(), os.getpid(), 0.0)
+        assert 0 <= opened.seconds <= info.age
+        one, other = describe(writer.name).readers
+        assert (one.opened, one.nbytes, one.pending) == (1, 5000, 0)
+        assert (other.opened, other.nbytes, other.pending, other.oldest) == (0, 0, 1, None)
+        assert describe(writer.name).oldest == pytest.approx(opened.seconds, abs=WAIT)
+        del view
+        assert states(writer.name, record)["reader"] == "released"
+        second.close()
+        assert states(writer.name, record) == {"reader": "released", "second": "gone"}
+
+
+def test_a_new_tenant_of_a_column_has_nothing_to_do_with_older_records() -> None:
+    with ring(columns=1) as (writer, reader):
+        record = sent_to(writer, 100, reader)
+        reader.close()
+        writer.reap()
+        successor = attach(writer, "successor")
+        assert states(writer.name, record) == {}
+        assert states(writer.name, sent_to(writer, 100, successor)) == {"successor": "not opened"}
+        successor.close()
+
+
+def test_a_record_that_is_about_to_go_is_still_shown() -> None:
+    with ring() as (writer, reader):
+        record = send(writer, 64)
+        view = reader.open(record.handle)
+        writer._header[record.line] = record.generation | CLOSING
+        assert states(writer.name, record) == {"reader": "open"}
+        writer._header[record.line] = record.generation
+        del view
+
+
+def test_the_largest_free_block_is_the_largest_gap() -> None:
+    with ring(1 << 20) as (writer, _):
+        assert describe(writer.name).largest_free == 1 << 20
+        one, two, three = (send(writer, nbytes) for nbytes in (64 << 10, 100 << 10, 64 << 10))
+        left = (1 << 20) - (228 << 10)
+        assert describe(writer.name).largest_free == left == writer.statistics().largest_free
+        four = send(writer, left)
+        assert describe(writer.name).largest_free == 0
+        writer.drop([two])
+        writer.look()
+        assert describe(writer.name).largest_free == 100 << 10 == writer.statistics().largest_free
+        assert [info.slot for info in records(writer.name)] == [r.slot for r in (one, three, four)]
+        send(writer, 99)  # a line is 64 bytes, so that 128 are taken
+        assert describe(writer.name).largest_free == (100 << 10) - 128 == writer.statistics().largest_free
+
+
+def test_the_owner_is_named_while_it_lives() -> None:
+    with ring() as (writer, _):
+        info = describe(writer.name)
+        assert info.program == Path("/proc/self/comm").read_text().strip()
+        assert 0 <= info.age < 3600
+        writer._header[H_STARTED] += 1  # as if the number were another process's by now
+        assert describe(writer.name).program == ""
+
+
+def test_looking_changes_nothing_and_takes_no_page() -> None:
+    with ring(8 << 20, slots=4096, columns=8) as (writer, reader):
+        record = sent_to(writer, 5000, reader)
+        before = (SHM / writer.name).read_bytes()
+        blocks = (SHM / writer.name).stat().st_blocks
+        for _ in range(3):
+            describe(writer.name)
+            records(writer.name)
+        assert (SHM / writer.name).read_bytes() == before
+        assert (SHM / writer.name).stat().st_blocks == blocks
+        assert bytes(reader.open(record.handle)) == bytes(5000)
+        writer.drop([record], reader.column)
+
+
+def test_a_line_that_changes_while_it_is_read_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second reading of the line is half of one record and half of its successor in the slot."""
+    with ring(slots=8) as (writer, _):
+        record = send(writer, 64)
+        line = record.line * WORD
+        reads: list[bytes] = []
+
+        def pread(fd: int, count: int, offset: int) -> bytes:
+            read = os.pread(fd, count, offset)
+            if (count, offset) == (LINE, line):
+                reads.append(read)
+                if len(reads) == 2:
+                    writer._header[record.line + S_NBYTES] = writer._header[record.line + S_FILLED] = 128
+                    return read[: 3 * WORD] + (128).to_bytes(WORD, sys.byteorder) + read[4 * WORD :]
+            return read
+
+        monkeypatch.setattr(look, "os", SimpleNamespace(pread=pread))
+        (info,) = records(writer.name)
+        assert len(reads) == 4
+        assert (info.nbytes, info.filled) == (128, 128)
+
+
+def test_records_of_what_is_gone_or_no_segment() -> None:
+    with ring() as (writer, _):
+        name = writer.name
+    with pytest.raises(SegmentMissing):
+        records(name)
+    with pytest.raises(LayoutMismatch):
+        records("passwd")
+
+
+def test_locks_work_here_and_trying_leaves_nothing() -> None:
+    before = set(os.listdir(SHM))
+    try_lock()
+    assert set(os.listdir(SHM)) == before
+
+
+def test_a_folder_that_is_no_tmpfs_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if memory.is_tmpfs(folder := os.open(tmp_path, os.O_RDONLY)):
+        os.close(folder)
+        pytest.skip("the temporary folder is a tmpfs")
+    os.close(folder)
+    monkeypatch.setattr(memory, "DIRECTORY", tmp_path)
+    with pytest.raises(ShmError, match="no tmpfs|no file can be made"):
+        try_lock()
