@@ -207,9 +207,9 @@ class ShmOutbound(Outbound):
             writer.abort(reserved)
             raise
         writer.commit(reserved)
-        writer.commit(lent, keep=True)
         for column in columns.values():
             writer.hold(lent, column)
+        writer.commit(lent, keep=True)
         self._tensors += len(sources)
         self._nbytes += sum(source.nbytes for source in sources)
         return ShmParcel(writer, reserved + lent, self._load(sources, loans, reserved), columns)
