@@ -5,19 +5,18 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from engine import signals
 from engine.config import EngineConfig
 from engine.doctor import doctor
 from engine.errors import EngineError, OutputError
@@ -141,6 +140,7 @@ def _encode(config: EngineConfig, files: list[Path]) -> _Outcome:
                 for result in engine.encode(files):
                     outcome.results.append(result)
                     progress.advance(task)
+                    signals.check()
             except EngineError as error:
                 outcome.error = str(error)
             except KeyboardInterrupt:
@@ -204,13 +204,9 @@ def _say(message: str) -> None:
     print(f"tensorferry: {message}", file=sys.stderr)
 
 
-def _terminated(number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code: 0, 1 something failed, 2 wrong usage, 130 interrupted."""
-    signal.signal(signal.SIGTERM, _terminated)  # so that the ranks are ended and the ring is removed
+    signals.install()
     try:
         code = tensorferry.main(arguments, prog_name="tensorferry", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -23,6 +23,8 @@ from engine.console import console
 from engine.segments import all_segments, segments_tables
 
 INTERVAL = 0.5  # seconds
+_CTRL_C = b"\x03"
+_CONTROL_CHARACTERS = 6  # their place in what tcgetattr returns
 
 
 @click.command()
@@ -94,9 +96,16 @@ class _Keys:
         deadline = time.monotonic() + timeout
         while select.select([self._descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
             typed = os.read(self._descriptor, 64)
-            if not typed or b"q" in typed.lower():  # nothing: the terminal is gone
+            if not typed or _CTRL_C in typed or b"q" in typed.lower():  # nothing: the terminal is gone
                 return True
         return False
+
+
+def _ctrl_c_as_a_key(descriptor: int) -> None:
+    """A key is never lost; an interrupt is, when it is raised inside a finalizer. Ctrl-Z still stops."""
+    settings = termios.tcgetattr(descriptor)
+    settings[_CONTROL_CHARACTERS][termios.VINTR] = bytes([os.fpathconf(descriptor, "PC_VDISABLE")])
+    termios.tcsetattr(descriptor, termios.TCSANOW, settings)
 
 
 @contextmanager
@@ -107,6 +116,7 @@ def _keys() -> Iterator[_Keys]:
     try:
         if descriptor is not None:
             tty.setcbreak(descriptor)
+            _ctrl_c_as_a_key(descriptor)
         yield _Keys(descriptor)
     except KeyboardInterrupt:
         pass

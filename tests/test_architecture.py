@@ -39,7 +39,7 @@ RANKS: dict[str, list[set[str]]] = {
         {"conformance"},
     ],
     "engine": [
-        {"console", "errors", "images", "options", "segments"},
+        {"console", "errors", "images", "options", "segments", "signals"},
         {"config", "loading", "model", "ps", "results", "staging", "sweep", "top"},
         {"doctor", "launch", "output", "protocol", "report"},
         {"job", "worker"},

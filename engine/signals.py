@@ -1,0 +1,36 @@
+"""Ctrl-C and SIGTERM that cannot get lost: Python drops an exception that is raised inside a finalizer.
+
+A handler raises in whatever runs just then, which may be the end of a tensor's view. So it also takes a
+note, and long loops call `check`.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+_noted: list[int] = []
+
+
+def install() -> None:
+    """Handle SIGTERM like Ctrl-C, so that ranks are ended and rings removed; leave what is ignored alone."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _note)
+
+
+def check() -> None:
+    """Raise now what a signal raised before, in case it got lost: `KeyboardInterrupt` or `SystemExit`."""
+    if _noted:
+        _raise(_noted[-1])
+
+
+def _note(number: int, _frame: FrameType | None) -> None:
+    _noted.append(number)
+    _raise(number)
+
+
+def _raise(number: int) -> None:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
