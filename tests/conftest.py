@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Generator, Iterator
 from multiprocessing import resource_tracker
@@ -26,6 +27,9 @@ hypothesis.settings.load_profile("tensorferry")
 
 def pytest_configure(config: pytest.Config) -> None:
     leaks.mark_environment()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell ignores it for what it starts in the background, and processes of tests would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in [name for name in os.environ if name.startswith("TENSORFERRY_")]:
         del os.environ[name]  # a developer's own settings must not decide what a test sees
     config.stash[_ISOLATED] = leaks.own_shared_memory()

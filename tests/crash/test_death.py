@@ -39,6 +39,7 @@ from tests.crash.harness import (
     start,
     until,
 )
+from tests.forks import raw_fork
 from transport import Full, PeerGone, ProtocolError, Timeout
 from transport.message import Goodbye
 
@@ -345,7 +346,7 @@ def lasting_fork() -> int:
 
 def lasting_c_fork() -> int:
     """The same, forked by C code: none of Python's hooks runs."""
-    child = int(ctypes.PyDLL(None).fork())
+    child = raw_fork()
     if not child:
         signal.pause()
     return child

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import os
@@ -30,6 +29,7 @@ from tests.crash.harness import (
     segments_of,
     until,
 )
+from tests.forks import raw_fork
 from transport import Closed, PeerGone, Timeout
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +119,7 @@ def by_program() -> None:
 
 WAYS: dict[str, Callable[[], None]] = {
     "os.fork": lambda: by_fork(os.fork),
-    "fork from C": lambda: by_fork(lambda: int(ctypes.PyDLL(None).fork())),
+    "fork from C": lambda: by_fork(raw_fork),
     "multiprocessing": by_multiprocessing,
     "DataLoader": by_data_loader,
     "close_fds=False": by_program,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import fcntl
 import gc
 import multiprocessing
 import os
+import select
 import signal
 import struct
 import time
@@ -22,6 +22,7 @@ import pytest
 
 from shm import Handle, Offer, RingClosed, RingReader, RingWriter, sweep
 from shm.liveness import LivenessLock, is_held
+from tests.forks import raw_fork, reap
 from tests.shm.rings import attach, hear, pattern, ring, send, tell
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -194,19 +195,15 @@ def child(fork: Callable[[], int], work: Callable[[], object]) -> Iterator[int]:
     try:
         os.close(say)
         os.close(go)
+        assert select.select([said], [], [], 30)[0], "the child does not get on"
         assert os.read(said, 1) == b"!", "the child failed"
         yield pid
     finally:
         os.close(leave)
         os.close(said)
         with suppress(ProcessLookupError):
-            status = os.waitpid(pid, 0)[1]
+            status = reap(pid)
         assert status == 0
-
-
-def raw_fork() -> int:
-    """fork as C code does it: no hook of Python's runs."""
-    return int(ctypes.PyDLL(None).fork())
 
 
 @pytest.mark.parametrize("fork", [os.fork, raw_fork])
