@@ -29,7 +29,7 @@ from tests.crash.harness import (
     segments_of,
     until,
 )
-from tests.forks import raw_fork
+from tests.forks import raw_fork, reap
 from transport import Closed, PeerGone, Timeout
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,7 @@ def by_fork(fork: Callable[[], int]) -> None:
             code = 0
         finally:
             os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+    assert reap(child) == 0
 
 
 def by_exit() -> None:
@@ -81,7 +81,7 @@ def by_exit() -> None:
     if not child:
         _MISUSED[0]()
         sys.exit(0)
-    assert os.waitpid(child, 0)[1] == 0
+    assert reap(child) == 0
 
 
 def by_multiprocessing() -> None:
