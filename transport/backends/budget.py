@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from transport.backends.base import Peer, Poll
+from transport.backends.base import Load, Parcel, Peer, Poll
 from transport.errors import Full, TooLarge
 from transport.waiting import attempts
 
@@ -67,3 +67,18 @@ class Budget:
                 for peer in readers:
                     self._taken[peer.link] = self.taken(peer) + nbytes
             return late
+
+
+class CountedParcel(Parcel):
+    """Bytes outside the ring, the same for all readers, that count until each has let go."""
+
+    def __init__(self, load: Load, nbytes: int, budget: Budget) -> None:
+        self._load = load
+        self._nbytes = nbytes
+        self._budget = budget
+
+    def load(self, reader: Peer) -> Load:
+        return self._load
+
+    def release(self, reader: Peer) -> None:
+        self._budget.give(reader, self._nbytes)

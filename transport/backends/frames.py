@@ -8,27 +8,12 @@ import msgspec
 import numpy as np
 
 from transport.backends.base import Bytes, Inbound, Load, Outbound, Parcel, Peer, Poll
-from transport.backends.budget import Budget
+from transport.backends.budget import Budget, CountedParcel
 from transport.config import TransportConfig
 from transport.errors import ProtocolError
 from transport.tensors import Source
 
 _decoder = msgspec.msgpack.Decoder(int)
-
-
-class FramesParcel(Parcel):
-    """One frame for each tensor, shared by all readers."""
-
-    def __init__(self, load: Load, nbytes: int, budget: Budget) -> None:
-        self._load = load
-        self._nbytes = nbytes
-        self._budget = budget
-
-    def load(self, reader: Peer) -> Load:
-        return self._load
-
-    def release(self, reader: Peer) -> None:
-        self._budget.give(reader, self._nbytes)
 
 
 class FramesOutbound(Outbound):
@@ -55,7 +40,7 @@ class FramesOutbound(Outbound):
                 source.fill(frame, threads=self.config.threads)
                 load.handles.append((self.name, msgspec.msgpack.encode(index)))
                 load.frames.append(frame)
-        return FramesParcel(load, nbytes, self._budget)
+        return CountedParcel(load, nbytes, self._budget)
 
 
 class FramesInbound(Inbound):

@@ -8,27 +8,12 @@ import msgspec
 import numpy as np
 
 from transport.backends.base import Bytes, Inbound, Load, Outbound, Parcel, Peer, Poll
-from transport.backends.budget import Budget
+from transport.backends.budget import Budget, CountedParcel
 from transport.config import TransportConfig
 from transport.errors import ProtocolError
 from transport.tensors import Source
 
 _decoder = msgspec.msgpack.Decoder(bytes)
-
-
-class InlineParcel(Parcel):
-    """Bytes that stand in the handles themselves."""
-
-    def __init__(self, handles: list[tuple[str, bytes]], nbytes: int, budget: Budget) -> None:
-        self._load = Load(handles)
-        self._nbytes = nbytes
-        self._budget = budget
-
-    def load(self, reader: Peer) -> Load:
-        return self._load
-
-    def release(self, reader: Peer) -> None:
-        self._budget.give(reader, self._nbytes)
 
 
 class InlineOutbound(Outbound):
@@ -54,7 +39,7 @@ class InlineOutbound(Outbound):
                 buffer = np.empty(source.nbytes, np.uint8)
                 source.fill(buffer)
                 handles.append((self.name, msgspec.msgpack.encode(buffer.data)))
-        return InlineParcel(handles, nbytes, self._budget)
+        return CountedParcel(Load(handles), nbytes, self._budget)
 
 
 class InlineInbound(Inbound):
