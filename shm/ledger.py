@@ -111,9 +111,13 @@ class Ledger:
 
     # ------------------------------------------------------------------ loans
 
-    def lend(self, record: Record) -> None:
-        """One more writable view of a record is about to be made; it counts until `returned` has it."""
-        self.hold(record)
+    def lend(self, record: Record, *, keep: bool) -> None:
+        """One more writable view of a record is made; it counts until `returned` has it.
+
+        `keep`: beside who lends, else in its place.
+        """
+        if keep:
+            self.hold(record)
         if not record.loans:
             self._loans[record.offset] = record
             insort(self._loan_offsets, record.offset)

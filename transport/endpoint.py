@@ -147,12 +147,11 @@ class Endpoint:
         no such peer, or it died. Both say in `.delivered` and `.failed` who has the message. `TooLarge`:
         never. `TypeError`: the path of what cannot be sent.
         """
-        self._exchange.check()
-        self._exchange.pump()
-        with self._closed_first():
-            self._exchange.sender.send(
-                body, self._names(to), self.config.timeout if timeout is None else timeout
-            )
+        exchange = self._exchange
+        exchange.check()
+        exchange.pump()
+        with self._exchange.closed_first:
+            exchange.sender.send(body, self._names(to), self.config.timeout if timeout is None else timeout)
 
     def try_send(self, body: object, *, to: str | Sequence[str] | None = None) -> None:
         """`send` that never waits: `Full` at once where that would."""
@@ -172,7 +171,7 @@ class Endpoint:
         """
         self._exchange.check()
         self._exchange.pump()
-        with self._closed_first():
+        with self._exchange.closed_first:
             timeout = self.config.timeout if timeout is None else timeout
             self._exchange.sender.forward(message, self._names(to), timeout)
 
@@ -187,15 +186,17 @@ class Endpoint:
         the last view of it is gone. Where there is no room in shared memory it is a plain tensor. `Full`
         for a backend that must have room.
         """
-        self._exchange.check()
+        exchange = self._exchange
+        exchange.check()
         spec = spec_for(shape, dtype)
         timeout = self.config.timeout if timeout is None else timeout
         buffer = None
-        if spec.nbytes:
-            with self._closed_first():
-                buffer = self._exchange.sender.lend(spec.nbytes, timeout)
-                self._exchange.sender.offer_to_all()
-        yield view(np.empty(spec.nbytes, np.uint8) if buffer is None else buffer, spec)
+        nbytes = spec.nbytes
+        if nbytes:
+            with exchange.closed_first:
+                buffer = exchange.sender.lend(nbytes, timeout)
+                exchange.sender.offer_to_all()
+        yield view(np.empty(nbytes, np.uint8) if buffer is None else buffer, spec)
 
     # ------------------------------------------------------------------ receiving
 
@@ -304,26 +305,18 @@ class Endpoint:
     def _try_receive(self, type_: Any, *, copy: bool) -> Message | None:
         exchange = self._exchange
         exchange.check()
+        receiver = exchange.receiver
         try:
-            message = exchange.receiver.take(type_, copy=copy)
+            message = receiver.take(type_, copy=copy) if receiver.queue else None
             if message is None:
                 exchange.pump(taking=True)
-                message = exchange.receiver.take(type_, copy=copy)
+                message = receiver.take(type_, copy=copy) if receiver.queue else None
         finally:
             exchange.wake_if_left()
         return message
 
-    @contextmanager
-    def _closed_first(self) -> Iterator[None]:
-        """Whatever else goes wrong when another thread closes the endpoint, it is `Closed`."""
-        try:
-            yield
-        except Exception:
-            self._exchange.check()
-            raise
-
     def _check_anybody_there(self) -> None:
-        if not self._listening and not self._exchange.roster.links() and not len(self._exchange.receiver):
+        if not self._listening and not self._exchange.roster.links() and not self._exchange.receiver.queue:
             left = "; ".join(f"{name!r} {reason}" for name, reason in self._exchange.roster.left().items())
             raise PeerGone(f"nobody is left who could send to {self.name!r}: {left or 'it never connected'}")
 
