@@ -315,7 +315,8 @@ def test_a_peer_that_comes_back_while_it_has_messages_of_its_old_link() -> None:
         until(lambda: "front" in peer.statistics()["left"], "the link has ended")
         meanwhile(front, lambda: peer.connect(front.addresses[0]))
         meanwhile(peer, lambda: front.send(pattern(3, 50_000), to="peer"))
-        until(lambda: peer.statistics() and len(peer._exchange.receiver.queue) == 3, "the third message is there")
+        queue = peer._exchange.receiver.queue
+        until(lambda: peer.statistics() and len(queue) == 3, "the third message is there")
         for _ in range(2):  # the writer took their records back when the link ended
             with pytest.raises(ProtocolError, match="stale"):
                 peer.receive(timeout=WAIT)
