@@ -28,6 +28,11 @@ class Encoded(NamedTuple):
     body: bytes
     sources: list[Source]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum([source.nbytes for source in self.sources])
+
 
 class _Collector:
     """msgspec's hook for what it does not know: a tensor becomes its index, a numpy scalar a Python one."""

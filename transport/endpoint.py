@@ -147,12 +147,14 @@ class Endpoint:
         no such peer, or it died. Both say in `.delivered` and `.failed` who has the message. `TooLarge`:
         never. `TypeError`: the path of what cannot be sent.
         """
-        self._exchange.check()
-        self._exchange.pump()
-        with self._closed_first():
-            self._exchange.sender.send(
-                body, self._names(to), self.config.timeout if timeout is None else timeout
-            )
+        exchange = self._exchange
+        exchange.check()
+        exchange.pump()
+        try:
+            exchange.sender.send(body, self._names(to), self.config.timeout if timeout is None else timeout)
+        except Exception:
+            exchange.check()  # whatever else goes wrong when another thread closes the endpoint, it is `Closed`
+            raise
 
     def try_send(self, body: object, *, to: str | Sequence[str] | None = None) -> None:
         """`send` that never waits: `Full` at once where that would."""
@@ -304,11 +306,12 @@ class Endpoint:
     def _try_receive(self, type_: Any, *, copy: bool) -> Message | None:
         exchange = self._exchange
         exchange.check()
+        receiver = exchange.receiver
         try:
-            message = exchange.receiver.take(type_, copy=copy)
+            message = receiver.take(type_, copy=copy) if receiver else None
             if message is None:
                 exchange.pump(taking=True)
-                message = exchange.receiver.take(type_, copy=copy)
+                message = receiver.take(type_, copy=copy) if receiver else None
         finally:
             exchange.wake_if_left()
         return message

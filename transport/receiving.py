@@ -112,57 +112,61 @@ class Receiver:
     def _take_data(
         self, link: Link, data: Data, frames: Sequence[Bytes], type_: Any, *, copy: bool
     ) -> Message:
+        references = data.tensors
         arrays: list[Bytes] = []
-        in_parts = any(reference.backend == PARTS for reference in data.tensors)
+        tensors: list[Any] = []
+        array: Bytes | None = None
         self._config.emit("receive.opening", peer=link.peer.name, number=data.number)
         try:
-            self._check_size(data)
-            for reference in data.tensors:
-                array = self._open(link, reference, frames)
+            sizes = self._check_sizes(references)
+            for reference, nbytes in zip(references, sizes, strict=True):
+                array = self._open(link, reference, nbytes, frames)
                 arrays.append(array.copy() if copy else array)
-            tensors = [view(array, ref.spec) for array, ref in zip(arrays, data.tensors, strict=True)]
+                tensors.append(view(arrays[-1], reference.spec))
             body = codec.decode(data.body, tensors, type_)
         except Timeout:
             raise
         except (ProtocolError, PeerGone) as error:
-            arrays.clear()  # the traceback keeps this frame, which must not keep the sender's memory
+            # The traceback keeps these frames, which must not keep the sender's memory.
+            arrays.clear()
+            tensors.clear()
+            array = None
             self._taken(link, data.number, 0)
-            self._assembled(link, in_parts)
+            self._assembled(link, references)
             self.counts["refused"] += 1
             raise type(error)(f"message {data.number} from {link}: {error}") from error
         self._config.emit("receive.opened", peer=link.peer.name, number=data.number)
-        self._taken(link, data.number, sum(array.nbytes for array in arrays))
+        self._taken(link, data.number, sum(sizes))
         self._config.emit("receive.taken", peer=link.peer.name, number=data.number)
-        self._assembled(link, in_parts)
+        self._assembled(link, references)
         self.counts["messages"] += 1
-        for reference, array in zip(data.tensors, arrays, strict=True):
-            self.counts[f"bytes {reference.backend}"] += array.nbytes
+        for reference, nbytes in zip(references, sizes, strict=True):
+            self.counts[f"bytes {reference.backend}"] += nbytes
         # Of a copy nothing is open here, so that its handles cannot be handed on.
         return Message(link.peer.name, data, body, arrays, tensors, {} if copy else self.inbounds)
 
-    def _check_size(self, data: Data) -> None:
+    def _check_sizes(self, references: Sequence[Reference]) -> list[int]:
+        """The bytes of each tensor, whose dtype and shape are checked with that."""
         config = self._config
-        if len(data.tensors) > config.max_tensors:
-            raise ProtocolError(f"{len(data.tensors)} tensors exceed max_tensors ({config.max_tensors})")
-        total = sum(reference.spec.nbytes for reference in data.tensors)
-        if total > config.max_message_bytes:
-            raise ProtocolError(f"{total} bytes exceed max_message_bytes ({config.max_message_bytes})")
+        if len(references) > config.max_tensors:
+            raise ProtocolError(f"{len(references)} tensors exceed max_tensors ({config.max_tensors})")
+        sizes = [reference.spec.check() for reference in references]
+        if sum(sizes) > config.max_message_bytes:
+            raise ProtocolError(f"{sum(sizes)} bytes exceed max_message_bytes ({config.max_message_bytes})")
+        return sizes
 
-    def _assembled(self, link: Link, in_parts: bool) -> None:
+    def _assembled(self, link: Link, references: Sequence[Reference]) -> None:
         """A message that came in one piece may stand between the parts of another, which go on then."""
-        if in_parts:
+        if self._assemblies and any(reference.backend == PARTS for reference in references):
             self._assemblies.pop(link.peer.link, None)
 
-    def _open(self, link: Link, reference: Reference, frames: Sequence[Bytes]) -> Bytes:
-        reference.spec.check()
+    def _open(self, link: Link, reference: Reference, nbytes: int, frames: Sequence[Bytes]) -> Bytes:
         if reference.backend == PARTS:
             assembly = self._assemblies.get(link.peer.link)
             if assembly is None:
                 raise ProtocolError("its parts did not all come")
-            return assembly.finished(codec.decode(bytes(reference.handle), (), int), reference.spec.nbytes)
-        return self._inbound(reference.backend).open(
-            link.peer, bytes(reference.handle), reference.spec.nbytes, frames
-        )
+            return assembly.finished(codec.decode(bytes(reference.handle), (), int), nbytes)
+        return self._inbound(reference.backend).open(link.peer, bytes(reference.handle), nbytes, frames)
 
     def _inbound(self, name: str) -> Inbound:
         inbound = self.inbounds.get(name)

@@ -27,6 +27,7 @@ from transport.waiting import Poll, RateLimit, Wait, attempts
 _log = logging.getLogger("tensorferry.transport")
 
 PARTS = "parts"  # the backend name of a tensor that came in parts
+_NOTHING = NoParcel(Load([]))
 _ANSWER_NAP = 5e-3
 _PARTS_AT_LEAST = 4  # of what may be put at once, so that parts pass beside what the peer still holds
 _PING_EVERY = 1.0
@@ -80,18 +81,22 @@ class Sender:
         if links:
             self._send_to(encoded, links, deadline, failed)
             self.counts["messages"] += 1
-        _report(names, failed)
+        if failed:
+            _report(names, failed)
 
     def _send_to(
         self, encoded: codec.Encoded, links: list[Link], deadline: float, failed: dict[str, TransportError]
     ) -> None:
-        self._introduce(links, encoded.sources, deadline)
-        if _total(encoded.sources) > self._limit(links):
-            self._send_in_parts(encoded, links, deadline, failed)
-        else:
-            parcel = self._put(encoded.sources, links, deadline, failed)
-            make = partial(_data, encoded.body, [source.spec for source in encoded.sources])
-            self._deliver(parcel, links, make, _total(encoded.sources), deadline, failed)
+        sources, nbytes = encoded.sources, encoded.nbytes
+        parcel: Parcel = _NOTHING
+        if sources:
+            self._introduce(links, sources, deadline)
+            if nbytes > self._limit(links):
+                self._send_in_parts(encoded, links, deadline, failed)
+                return
+            parcel = self._put(sources, links, deadline, failed)
+        make = partial(_data, encoded.body, [source.spec for source in sources])
+        self._deliver(parcel, links, make, nbytes, deadline, failed)
 
     def forward(self, message: Received, names: Sequence[str], timeout: float) -> None:
         """Send a received message on: handles where the peer can open them itself, bytes elsewhere."""
@@ -137,10 +142,11 @@ class Sender:
     def _introduce(self, links: Sequence[Link], sources: Sequence[Source], deadline: float) -> None:
         """Offer where a proof is wanted, and wait for the answers for a bounded time."""
         sizes = [source.nbytes for source in sources]
-        for link in links:
-            if self._wants_first_offer(link, sizes):
+        late = [link for link in links if self.outbound.wants_offer(link.peer, sizes)]
+        for link in late:
+            if link.peer.link not in self._offered:
                 self.offer_to(link)
-        while late := [link for link in links if self._may_answer(link, sizes)]:
+        while late := [link for link in late if self._may_answer(link, sizes)]:
             # Since the offer, not since this call: who never answers delays one message, not every one.
             patience = max(self._offered[link.peer.link] for link in late) + self._config.admission_timeout
             left = min(deadline, patience) - time.monotonic()
@@ -174,9 +180,11 @@ class Sender:
         return links
 
     def _check_size(self, encoded: codec.Encoded) -> None:
-        config, total = self._config, _total(encoded.sources)
-        if total > config.max_message_bytes:
-            raise TooLarge(f"{total} bytes of tensors exceed max_message_bytes ({config.max_message_bytes})")
+        config = self._config
+        if encoded.nbytes > config.max_message_bytes:
+            raise TooLarge(
+                f"{encoded.nbytes} bytes of tensors exceed max_message_bytes ({config.max_message_bytes})"
+            )
         if len(encoded.sources) > config.max_tensors:
             raise TooLarge(f"{len(encoded.sources)} tensors exceed max_tensors ({config.max_tensors})")
         if len(encoded.body) > config.max_control_bytes // 2:
@@ -405,7 +413,7 @@ class _HandedOn(Parcel):
 
 
 def _total(sources: Sequence[Source]) -> int:
-    return sum(source.nbytes for source in sources)
+    return sum([source.nbytes for source in sources])
 
 
 def _data(body: bytes, specs: Sequence[TensorSpec], load: Load) -> Build:

@@ -93,8 +93,8 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
         """Bytes of the elements in C order, exact at any size. ProtocolError: unknown dtype."""
         return _dtype_of(self.dtype).itemsize * math.prod(self.shape)
 
-    def check(self) -> None:
-        """Raise ProtocolError unless the dtype is known and the shape is one that a tensor can have."""
+    def check(self) -> int:
+        """`nbytes`. ProtocolError unless the dtype is known and the shape is one that a tensor can have."""
         extent = _dtype_of(self.dtype).itemsize
         if len(self.shape) > MAX_DIMENSIONS:
             raise ProtocolError(f"{len(self.shape)} dimensions; at most {MAX_DIMENSIONS} are allowed")
@@ -105,6 +105,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
             extent *= size or 1
         if extent > MAX_BYTES:
             raise ProtocolError(f"a shape of more than {MAX_BYTES} bytes")
+        return 0 if 0 in self.shape else extent
 
 
 class Window:
@@ -150,9 +151,9 @@ def view(buffer: Bytes, spec: TensorSpec) -> Tensor:
     with SIGSEGV where the memory is mapped read-only. A buffer that is not aligned for its dtype is copied.
     ProtocolError: a spec that fails `check`, a buffer of another length.
     """
-    spec.check()
-    if buffer.size != spec.nbytes:
-        raise ProtocolError(f"{buffer.size} bytes for a tensor of {spec.nbytes} bytes")
+    nbytes = spec.check()
+    if buffer.size != nbytes:
+        raise ProtocolError(f"{buffer.size} bytes for a tensor of {nbytes} bytes")
     tensor = shaped(buffer, spec)
     return tensor if is_aligned(tensor) else shaped(buffer.copy(), spec)
 

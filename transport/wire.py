@@ -179,14 +179,13 @@ class Wire:
                 f"a control message of {len(control)} bytes exceeds max_control_bytes"
                 f" ({self._config.max_control_bytes}); send fewer tensors at once or a smaller body"
             )
-        parts = [route.identity, control] if route.identity else [control]
         with self._lock:
             socket = self._sockets.get(route.socket)
             if socket is None:
                 raise Unreachable
             try:
-                for part in parts[:-1]:
-                    socket.send(part, _MORE)
+                if route.identity:
+                    socket.send(route.identity, _MORE)
                 if frames:
                     socket.send_multipart(
                         [control, *(frame.data for frame in frames)], zmq.NOBLOCK, copy=False
@@ -205,10 +204,11 @@ class Wire:
 
     def drain(self, most: int) -> list[Arrived]:
         """What has come, `most` messages for each socket at a time; `fileno` stays readable for the rest."""
-        fired = {descriptor for descriptor, _ in self._epoll.poll(0, _EVENTS)}
+        ready = self._epoll.poll(0, _EVENTS)
         arrived: list[Arrived] = []
-        if not fired:
+        if not ready:
             return arrived
+        fired = {descriptor for descriptor, _ in ready}
         with self._lock:
             everywhere = self._rest()  # before looking, so that what comes meanwhile is seen or wakes again
             for number, socket in self._sockets.items():

@@ -37,6 +37,14 @@ class AutoParcel(Parcel):
         """`parcel` holds the tensors `indices` for `readers`."""
         self._parts.append((parcel, indices, set(readers)))
 
+    def alone(self) -> Parcel:
+        """The one parcel that holds everything, where there is one, else this."""
+        if len(self._parts) == 1 and not self.failed:
+            parcel, indices, _ = self._parts[0]
+            if len(indices) == self._count:
+                return parcel
+        return self
+
     def load(self, reader: Peer) -> Load:
         handles: list[tuple[str, bytes]] = [("", b"")] * self._count
         frames: list[Bytes] = []
@@ -69,12 +77,12 @@ class AutoOutbound(Outbound):
         self._detours: Counter[str] = Counter()
         self._detour_bytes: Counter[str] = Counter()
         self._sent: Counter[str] = Counter()
+        self._inline_room = min(config.inline_bytes, config.max_control_bytes // 2)
         self._said = False
         self._lock = threading.Lock()
 
     def wants_offer(self, peer: Peer, sizes: Sequence[int]) -> bool:
-        _, large = self._split(sizes)
-        return bool(large) and self.shm.wants_offer(peer, sizes)
+        return self.shm.wants_offer(peer, sizes) and bool(self._split(sizes)[1])
 
     def offer(self, peer: Peer) -> bytes:
         try:
@@ -112,7 +120,7 @@ class AutoOutbound(Outbound):
             for reader in readers:
                 parcel.release(reader)
             raise
-        return parcel
+        return parcel.alone()
 
     def _put_large(
         self,
@@ -126,7 +134,7 @@ class AutoOutbound(Outbound):
         """Through the ring for whom it is proved, the rest and the late ones by frames."""
         mapped = [reader for reader in readers if self.shm.admitted(reader)]
         others = {reader: self.shm.explain(reader) for reader in readers if reader not in mapped}
-        nbytes = sum(sources[index].nbytes for index in large)
+        nbytes = sum([sources[index].nbytes for index in large])
         patience = min(deadline, time.monotonic() + self.config.detour_after)
         if nbytes > self.config.detour_bytes:
             patience = deadline  # there is no other way, not even later
@@ -174,15 +182,15 @@ class AutoOutbound(Outbound):
         timeout = max(0.0, deadline - time.monotonic())
         parcel.add(outbound.put(chosen, readers, timeout=timeout, poll=poll), indices, readers)
         with self._lock:
-            self._sent[outbound.name] += sum(source.nbytes for source in chosen)
+            self._sent[outbound.name] += sum([source.nbytes for source in chosen])
 
     def _split(self, sizes: Sequence[int]) -> tuple[list[int], list[int]]:
         """Which tensors travel inline and which do not, by index."""
         small: list[int] = []
         large: list[int] = []
-        room = min(self.config.inline_bytes, self._inline.config.max_control_bytes // 2)
+        room, below = self._inline_room, self.config.inline_below
         for index, nbytes in enumerate(sizes):
-            if not nbytes or (nbytes < self.config.inline_below and nbytes <= room):
+            if not nbytes or (nbytes < below and nbytes <= room):
                 room -= nbytes
                 small.append(index)
             else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,7 @@ Bytes = NDArray[np.uint8]
 Poll = Callable[[], object]
 
 
-@dataclass(frozen=True)
-class Peer:
+class Peer(NamedTuple):
     """One link to one peer: the link's number, the peer's name and pid (0: unknown)."""
 
     link: int

@@ -32,7 +32,7 @@ class InlineOutbound(Outbound):
     def put(
         self, sources: Sequence[Source], readers: Sequence[Peer], *, timeout: float, poll: Poll
     ) -> Parcel:
-        nbytes = sum(source.nbytes for source in sources)
+        nbytes = sum([source.nbytes for source in sources])
         handles = []
         with self._budget.taken_for(readers, nbytes, timeout=timeout, poll=poll):
             for source in sources:

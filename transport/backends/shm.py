@@ -85,6 +85,7 @@ class ShmOutbound(Outbound):
         self._columns: dict[Peer, int] = {}
         self._refused: dict[Peer, str] = {}
         self._tensors = self._nbytes = 0
+        self._threads = config.threads
 
     # -------------------------------------------------------------- who may read
 
@@ -185,34 +186,39 @@ class ShmOutbound(Outbound):
     def put(
         self, sources: Sequence[Source], readers: Sequence[Peer], *, timeout: float, poll: Poll
     ) -> Parcel:
-        if not any(source.nbytes for source in sources):
+        nbytes = sum([source.nbytes for source in sources])
+        if not nbytes:
             return NoParcel(Load([_NO_BYTES] * len(sources)))
         writer = self._ring_or_full()
-        columns = {peer: self._columns[peer] for peer in readers if peer in self._columns}
-        unproved = {peer.name: self.explain(peer) for peer in readers if peer not in columns}
-        if unproved:
-            raise Full("; ".join(f"{name}: {why}" for name, why in unproved.items()), failed=unproved)
-        loans = [
-            None if source.address is None else writer.find_loan(source.address, source.nbytes)
-            for source in sources
-        ]
+        columns = self._columns_of(readers)
+        loans = [_find_loan(writer, source) for source in sources]
         fresh = [s for s, loan in zip(sources, loans, strict=True) if loan is None and s.nbytes]
         lent = [loan[0] for loan in loans if loan is not None]
-        self._await_share(writer, lent, columns, timeout, poll)
-        reserved = self._reserve(writer, fresh, columns, timeout, poll)
+        if lent:
+            self._await_share(writer, lent, columns, timeout, poll)
+        reserved = self._reserve(writer, fresh, columns, timeout, poll) if fresh else []
         try:
             for source, record in zip(fresh, reserved, strict=True):
-                source.fill(writer.buffer(record), threads=self.config.threads)
+                source.fill(writer.buffer(record), threads=self._threads)
         except BaseException:
             writer.abort(reserved)
             raise
         writer.commit(reserved)
-        for column in columns.values():
-            writer.hold(lent, column)
-        writer.commit(lent, keep=True)
+        if lent:
+            for column in columns.values():
+                writer.hold(lent, column)
+            writer.commit(lent, keep=True)
         self._tensors += len(sources)
-        self._nbytes += sum(source.nbytes for source in sources)
+        self._nbytes += nbytes
         return ShmParcel(writer, reserved + lent, self._load(sources, loans, reserved), columns)
+
+    def _columns_of(self, readers: Sequence[Peer]) -> dict[Peer, int]:
+        """The columns of readers that proved to map the ring; `Full` names the others."""
+        columns = {peer: self._columns[peer] for peer in readers if peer in self._columns}
+        if len(columns) < len(readers):
+            unproved = {peer.name: self.explain(peer) for peer in readers if peer not in columns}
+            raise Full("; ".join(f"{name}: {why}" for name, why in unproved.items()), failed=unproved)
+        return columns
 
     def _load(
         self,
@@ -253,7 +259,7 @@ class ShmOutbound(Outbound):
     ) -> None:
         """Loans are in the ring already, but count against the share of whom they are sent to."""
         nbytes = sum(record.nbytes for record in {record.slot: record for record in lent}.values())
-        for last in attempts(timeout, poll) if lent else ():
+        for last in attempts(timeout, poll):
             try:
                 _for_readers(columns, lambda: writer.check_share(columns.values(), nbytes))
                 return
@@ -262,7 +268,7 @@ class ShmOutbound(Outbound):
                     raise
 
     def _ring_or_full(self) -> shm.RingWriter:
-        return _mapped(self.ring)
+        return self._writer or _mapped(self.ring)
 
     # -------------------------------------------------------------- telling
 
@@ -372,6 +378,12 @@ def _writer_alive(reader: shm.RingReader) -> bool:
         return reader.writer_alive()
     except shm.RingClosed:  # another thread has just dropped it
         return False
+
+
+def _find_loan(writer: shm.RingWriter, source: Source) -> tuple[shm.Record, int] | None:
+    """The loan that a tensor lies in, and where."""
+    address = source.address
+    return None if address is None else writer.find_loan(address, source.nbytes)
 
 
 _T = TypeVar("_T")
