@@ -13,6 +13,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import repeat
 
@@ -29,6 +30,7 @@ from shm.ledger import Ledger
 from shm.mapping import address_of, lineage
 from shm.placement import Placement
 from shm.record import Holding, Lease, Record, RingStatistics, Trace
+from shm.tenure import Tenure, Watch
 from shm.words import TOTAL_STORE_ORDER, fence
 
 GROWTH_BYTES = 64 << 20
@@ -48,6 +50,7 @@ class RingWriter:
     `share` is the part of the capacity (0 to 1) that one reader may hold or be sent at a time, `growth`
     the bytes of pages that are reserved at a step. `trace`, if given, is called as trace(event, fields)
     at every step that another process can see: reserve, grow, publish, commit, closing, freed, admit.
+    `watch` hears of the mapping of the data, its growth and its end.
     Raises `NoSpace` when /dev/shm or memory is short of the control pages.
     """
 
@@ -60,9 +63,10 @@ class RingWriter:
         share: float = 1.0,
         growth: int = GROWTH_BYTES,
         trace: Trace | None = None,
+        watch: Watch | None = None,
     ) -> None:
         layout = Layout(at.round_up(capacity, at.PAGE), at.round_up(slots, at.SLOT_WORDS), columns)
-        self._segment = segment.create(layout)
+        self._segment = segment.create(layout, watch)
         self._layout = layout
         self.identity = self._segment.identity  # the number by which handles name this segment
         self._first_line = layout.slot_word(0)
@@ -174,6 +178,12 @@ class RingWriter:
                 if not record.count:
                     self._reclaim([record.slot])
 
+    @property
+    def tenure(self) -> Tenure:
+        """Whoever has something else write into `buffer` keeps this meanwhile, should the ring be closed."""
+        self._usable()
+        return self._segment.tenure
+
     # ------------------------------------------------------------------ who counts on a record
 
     def hold(self, records: Iterable[Record], column: int | None = None) -> None:
@@ -205,7 +215,8 @@ class RingWriter:
             self._usable()
             holder = np.frombuffer(self._segment.data, np.uint8, record.nbytes, record.offset)
             self._ledger.lend(record)
-            weakref.finalize(holder, self._ledger.returned.append, record).atexit = False
+            returned, tenure = self._ledger.returned, self._segment.tenure
+            weakref.finalize(holder, _return, returned, record, tenure).atexit = False
         return holder
 
     def check_share(self, columns: Collection[int], nbytes: int) -> None:
@@ -553,3 +564,8 @@ class RingWriter:
                 slot, since = oldest
                 leases.append(Lease(tenant.name, self._ledger.live[slot].nbytes, max(0, now - since) / 1e9))
         return held, max(leases, key=lambda lease: lease.seconds, default=None)
+
+
+def _return(returned: deque[Record], record: Record, _tenure: Tenure) -> None:
+    """A loan's view is gone; what held the mapping for it goes after this."""
+    returned.append(record)

@@ -17,14 +17,15 @@ FOLDERS = ("shm", "transport", "engine")  # each may import those before it, thr
 RANKS: dict[str, list[set[str]]] = {
     "shm": [
         {"errors", "layout", "words", "handle", "mapping"},
-        {"extents", "liveness", "memory", "record"},
+        {"extents", "liveness", "memory", "record", "tenure"},
         {"segment", "ledger"},
         {"columns", "look", "placement"},
         {"reader", "writer", "inspect"},
     ],
     "transport": [
-        {"errors"},
-        {"config", "specs"},
+        {"cudart", "errors"},
+        {"config", "registration", "specs"},
+        {"devices", "staging"},
         {"sources"},
         {"tensors"},
         {"codec", "message", "waiting"},

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from transport.backends.base import Held
 from transport.config import TransportConfig
+from transport.devices import copies_from_host, from_host
 from transport.endpoint import Endpoint, PeerInfo, connect, listen
 from transport.errors import Closed, Full, PeerGone, ProtocolError, Timeout, TooLarge, TransportError
 from transport.receiving import Message
+from transport.registration import Registered, register_rings, registered
+from transport.specs import Bytes
+from transport.staging import Batch, Place, Stage
 from transport.tensors import concat, stack
 
 __all__ = [
+    "Batch",
+    "Bytes",
     "Closed",
     "Endpoint",
     "Full",
@@ -17,13 +23,20 @@ __all__ = [
     "Message",
     "PeerGone",
     "PeerInfo",
+    "Place",
     "ProtocolError",
+    "Registered",
+    "Stage",
     "Timeout",
     "TooLarge",
     "TransportConfig",
     "TransportError",
     "concat",
     "connect",
+    "copies_from_host",
+    "from_host",
     "listen",
+    "register_rings",
+    "registered",
     "stack",
 ]

@@ -61,6 +61,14 @@ class AutoParcel(Parcel):
             if reader in readers:
                 parcel.release(reader)
 
+    def fill(self) -> None:
+        for parcel, _, _ in self._parts:  # of which one at most has something left
+            parcel.fill()
+
+    def abandon(self) -> None:
+        for parcel, _, _ in self._parts:
+            parcel.abandon()
+
 
 class AutoOutbound(Outbound):
     """Chooses among inline, shm and frames. One budget serves all that goes outside the ring."""
@@ -117,6 +125,7 @@ class AutoOutbound(Outbound):
             if large:
                 self._put_large(parcel, sources, large, readers, deadline, poll)
         except BaseException:
+            parcel.abandon()
             for reader in readers:
                 parcel.release(reader)
             raise

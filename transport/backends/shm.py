@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import msgspec
 
 import shm
+from transport import registration
 from transport.backends.base import (
     Bytes,
     Held,
@@ -50,6 +53,8 @@ class _Offer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 _handles = msgspec.msgpack.Decoder(_Handle)
 _offers = msgspec.msgpack.Decoder(_Offer)
 _encode = msgspec.msgpack.Encoder().encode
+_FOLLOWS = b"follows"  # the proof of a peer that reads records while they are being filled
+_WORTH_FOLLOWING = 1 << 20  # bytes; less is copied before the peer has woken up
 _NO_BYTES = ("inline", _encode(b""))  # a record needs at least one byte
 
 
@@ -71,6 +76,57 @@ class ShmParcel(Parcel):
         self._writer.drop(self._records, self._columns[reader])
 
 
+class _Unfilled(ShmParcel):
+    """Records that are published, and filled only when the readers have been told, who follow the copy."""
+
+    def __init__(
+        self,
+        writer: shm.RingWriter,
+        records: list[shm.Record],
+        load: Load,
+        columns: dict[Peer, int],
+        *,
+        left: Sequence[tuple[Source, shm.Record]],
+        threads: int,
+    ) -> None:
+        super().__init__(writer, records, load, columns)
+        self._left = left
+        self._threads = threads
+        self._waiting = set(columns)  # who has not let go
+        self._given_up: set[int] = set()  # slots
+        self._lock = threading.Lock()
+
+    def fill(self) -> None:
+        try:
+            for source, record in self._left:
+                if not self._waiting:  # nobody was told, or nobody is left
+                    break
+                source.fill(
+                    self._writer.buffer(record),
+                    threads=self._threads,
+                    progress=partial(self._writer.progress, record),
+                )
+            else:
+                self._writer.commit([record for _, record in self._left])
+                return
+        except BaseException:
+            self.abandon()
+            raise
+        self.abandon()
+
+    def abandon(self) -> None:
+        records = [record for _, record in self._left]
+        with self._lock:
+            self._given_up = {record.slot for record in records}
+            self._writer.abort(records)
+
+    def release(self, reader: Peer) -> None:
+        with self._lock:
+            self._waiting.discard(reader)
+            records = [record for record in self._records if record.slot not in self._given_up]
+            self._writer.drop(records, self._columns[reader])
+
+
 class ShmOutbound(Outbound):
     """Owns the ring, made at the first tensor that needs it, and knows which peers map it."""
 
@@ -84,6 +140,7 @@ class ShmOutbound(Outbound):
         self._offered: dict[Peer, shm.Offer] = {}
         self._columns: dict[Peer, int] = {}
         self._refused: dict[Peer, str] = {}
+        self._followers: set[Peer] = set()  # who reads records while they are being filled
         self._tensors = self._nbytes = 0
         self._threads = config.threads
 
@@ -118,6 +175,8 @@ class ShmOutbound(Outbound):
             self._refused[peer] = str(error)
             return str(error)
         self._columns[peer] = offer.column
+        if answer.data == _FOLLOWS:
+            self._followers.add(peer)
         return ""
 
     def admitted(self, peer: Peer) -> bool:
@@ -147,6 +206,7 @@ class ShmOutbound(Outbound):
         if offer is not None:
             self.ring().withdraw(offer)
         self._refused.pop(peer, None)
+        self._followers.discard(peer)
         if self._columns.pop(peer, None) is not None and self._writer is not None:
             self._writer.reap()
 
@@ -165,6 +225,7 @@ class ShmOutbound(Outbound):
                     columns=config.max_readers,
                     share=config.peer_share,
                     trace=_trace(config),
+                    watch=registration.rings.watch,
                 )
             return self._writer
 
@@ -197,20 +258,40 @@ class ShmOutbound(Outbound):
         if lent:
             self._await_share(writer, lent, columns, timeout, poll)
         reserved = self._reserve(writer, fresh, columns, timeout, poll) if fresh else []
+        followed = self._worth_following(fresh, columns)
         try:
-            for source, record in zip(fresh, reserved, strict=True):
-                source.fill(writer.buffer(record), threads=self._threads)
+            self._fill(writer, fresh, reserved, followed=followed)
         except BaseException:
             writer.abort(reserved)
             raise
-        writer.commit(reserved)
         if lent:
             for column in columns.values():
                 writer.hold(lent, column)
             writer.commit(lent, keep=True)
         self._tensors += len(sources)
         self._nbytes += nbytes
-        return ShmParcel(writer, reserved + lent, self._load(sources, loans, reserved), columns)
+        records, load = reserved + lent, self._load(sources, loans, reserved)
+        if not followed:
+            return ShmParcel(writer, records, load, columns)
+        left = list(zip(fresh, reserved, strict=True))
+        return _Unfilled(writer, records, load, columns, left=left, threads=self._threads)
+
+    def _fill(
+        self, writer: shm.RingWriter, sources: Sequence[Source], records: list[shm.Record], *, followed: bool
+    ) -> None:
+        """Write and commit the records; those that are followed are published only."""
+        if followed:
+            for record in records:
+                writer.publish(record)
+            return
+        _tenure = writer.tenure  # kept while a device may write there, should another thread close the ring
+        for source, record in zip(sources, records, strict=True):
+            source.fill(writer.buffer(record), threads=self._threads)
+        writer.commit(records)
+
+    def _worth_following(self, sources: Sequence[Source], columns: Mapping[Peer, int]) -> bool:
+        large = any(source.nbytes >= _WORTH_FOLLOWING for source in sources)
+        return large and bool(columns) and self._followers.issuperset(columns)
 
     def _columns_of(self, readers: Sequence[Peer]) -> dict[Peer, int]:
         """The columns of readers that proved to map the ring; `Full` names the others."""
@@ -303,12 +384,13 @@ class ShmInbound(Inbound):
                 shm.Offer(*msgspec.structs.astuple(_offers.decode(offer))),
                 own_name,
                 trace=_trace(self.config),
+                watch=registration.rings.watch,
             )
         except (msgspec.DecodeError, UnicodeDecodeError):
             return Refusal("the offer is not one")
         except (shm.ShmError, OSError) as error:
             return Refusal(str(error))
-        return Proof(b"")
+        return Proof(_FOLLOWS if self.config.cut_through else b"")
 
     def settle(self, peer: Peer, reason: str) -> None:
         reader = self._proved.pop(peer, None)
@@ -327,6 +409,30 @@ class ShmInbound(Inbound):
         self._identities[peer] = reader.identity
 
     def open(self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]) -> Bytes:
+        reader, record, start = self._find(peer, handle, nbytes)
+        with _opening(peer, reader):
+            view = reader.open(record)
+        return view if nbytes == record.nbytes else view[start : start + nbytes]
+
+    def follow(
+        self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]
+    ) -> Iterator[tuple[int, Bytes]]:
+        reader, record, start = self._find(peer, handle, nbytes)
+        with _opening(peer, reader):
+            view = reader.open(record, early=True)
+        done = start
+        while done < start + nbytes:
+            try:
+                with _opening(peer, reader):
+                    filled = min(reader.wait_filled(record, done + 1), start + nbytes)
+            except BaseException:
+                del view  # the traceback keeps this frame, which must not keep the record
+                raise
+            yield done - start, view[done:filled]
+            done = filled
+
+    def _find(self, peer: Peer, handle: bytes, nbytes: int) -> tuple[shm.RingReader, shm.Handle, int]:
+        """Where a tensor is: whose ring, which record, and the tensor's first byte in it."""
         try:
             where = _handles.decode(handle)
         except msgspec.DecodeError as error:
@@ -337,17 +443,7 @@ class ShmInbound(Inbound):
         if reader is None:
             raise PeerGone(f"the ring of {peer.name}'s tensor is not mapped here (any more)")
         record = shm.Handle(where.segment, where.slot, where.generation, where.offset, where.nbytes)
-        try:
-            view = reader.open(record)
-        except shm.StaleHandle as error:
-            if _writer_alive(reader):
-                raise ProtocolError(f"a stale handle from {peer.name}: {error}") from error
-            raise PeerGone(f"the writer of {peer.name}'s tensor died: {error}") from error
-        except shm.Stalled as error:
-            raise Timeout(f"{peer.name}: {error}") from error
-        except shm.RingClosed as error:
-            raise PeerGone(f"the ring of {peer.name}'s tensor is not mapped here any more") from error
-        return view if nbytes == where.nbytes else view[where.start : where.start + nbytes]
+        return reader, record, where.start
 
     def alive(self, peer: Peer) -> bool | None:
         """Whether the writer of the peer's ring lives; None when no ring of it is mapped here."""
@@ -371,6 +467,21 @@ class ShmInbound(Inbound):
     def close(self) -> None:
         for peer in {*self._proved, *self._identities}:
             self.drop(peer)
+
+
+@contextmanager
+def _opening(peer: Peer, reader: shm.RingReader) -> Iterator[None]:
+    """What opening a record of `peer` raises, as the transport's own errors."""
+    try:
+        yield
+    except shm.StaleHandle as error:
+        if _writer_alive(reader):
+            raise ProtocolError(f"a stale handle from {peer.name}: {error}") from error
+        raise PeerGone(f"the writer of {peer.name}'s tensor died: {error}") from error
+    except shm.Stalled as error:
+        raise Timeout(f"{peer.name}: {error}") from error
+    except shm.RingClosed as error:
+        raise PeerGone(f"the ring of {peer.name}'s tensor is not mapped here any more") from error
 
 
 def _writer_alive(reader: shm.RingReader) -> bool:
