@@ -28,13 +28,11 @@ class Stager:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device = torch.empty(0, device=device).device  # with its index
         self._copier: _Copier | None = None
         if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-            self.device = torch.device("cuda", index)
-            transport.register_rings(index)
-            self._copier = _Copier(index)
+            transport.register_rings(self.device.index)
+            self._copier = _Copier(self.device)
 
     def batch(self) -> Staged:
         """For the next message."""
@@ -100,9 +98,9 @@ class _Place:
 class _Copier:
     """The stream of the copies to one device, and the thread that lets go of what was copied."""
 
-    def __init__(self, index: int) -> None:
-        self._device = torch.device("cuda", index)
-        self._stream = transport.copies_from_host(index)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = transport.copies_from_host(device.index)
         self._under_way: queue.SimpleQueue[tuple[torch.cuda.Event, transport.Bytes]] = queue.SimpleQueue()
         threading.Thread(target=self._let_go, name="tensorferry-staged", daemon=True).start()
 

@@ -80,7 +80,7 @@ def test_a_reader_lets_go_after_its_last_view_and_unlocks_after_that(watcher: Wa
     assert np.array_equal(part, pattern(1, 1000)[10:20])
     del part
     gc.collect()
-    (let_go,) = notes.ends
+    (let_go,) = list(notes.ends)
     assert notes.mapped
     assert writer.reader_alive(column)  # whoever has the memory still in use has its lock
     notes.ends.clear()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import shm
 import transport
 from transport import codec
 from transport.backends.base import Bytes, Parcel
@@ -227,9 +228,13 @@ def test_a_message_larger_than_the_ring_goes_on_part_by_part(link: Link) -> None
 
 
 def test_a_stage_that_has_no_memory_refuses_that_message_alone(link: Link) -> None:
+    class NoRoom(Placed):
+        def place(self, nbytes: int) -> OnePlace:
+            raise torch.OutOfMemoryError("no memory on the device")
+
     class Full(Elsewhere):
         def batch(self) -> Placed:
-            raise torch.OutOfMemoryError("no memory on the device")
+            return NoRoom(self)
 
     front, near = link
     with ThreadPoolExecutor(1) as pool:
@@ -286,3 +291,5 @@ def test_a_writer_killed_half_way_is_gone_and_nothing_half_is_handed_out(address
 
         with pytest.raises(PeerGone, match="the writer"):
             near.receive(stage=Elsewhere(wrote=kill))
+        process.join(WAIT)
+        assert len(shm.sweep()) == 1

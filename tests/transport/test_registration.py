@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from shm import RingReader, RingWriter
+from shm import RingReader, RingWriter, Watched
 from transport.cudart import DeviceError
 from transport.registration import STEP, Registrar
 
@@ -82,7 +82,7 @@ class Pair:
         self.writer.admit(offer, "reader")
         self.writers_address, self.readers_address = self.seen
 
-    def _watch(self, address: int, nbytes: int, writable: bool) -> object:
+    def _watch(self, address: int, nbytes: int, writable: bool) -> Watched:
         self.seen.append(address)
         return self._registrar.watch(address, nbytes, writable)
 
