@@ -76,12 +76,12 @@ class Staged:
             return torch.empty(nbytes, dtype=torch.uint8)
         return self._copier.empty(nbytes)
 
-    def copy(self, destination: torch.Tensor, array: transport.Bytes) -> None:
-        """Queue a copy, which keeps `array` until it is done."""
+    def copy(self, destination: torch.Tensor, start: int, array: transport.Bytes) -> None:
+        """Queue a copy to the bytes from `start` on, which keeps `array` until it is done."""
         if self._copier is None:
-            destination.numpy()[:] = array
+            destination.numpy()[start : start + array.nbytes] = array
         elif array.nbytes:
-            self._last = self._copier.copy(destination, array)
+            self._last = self._copier.copy(destination, start, array)
 
 
 class _Place:
@@ -92,7 +92,7 @@ class _Place:
         self._staged = staged
 
     def write(self, start: int, array: transport.Bytes) -> None:
-        self._staged.copy(self.tensor[start : start + array.nbytes], array)
+        self._staged.copy(self.tensor, start, array)
 
 
 class _Copier:
@@ -109,8 +109,8 @@ class _Copier:
         with torch.cuda.stream(self._stream):
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
-    def copy(self, destination: torch.Tensor, array: transport.Bytes) -> torch.cuda.Event:
-        transport.from_host(destination, array, self._stream)
+    def copy(self, destination: torch.Tensor, start: int, array: transport.Bytes) -> torch.cuda.Event:
+        transport.from_host(destination, start, array, self._stream)
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(self._stream)
         self._under_way.put((done, array))

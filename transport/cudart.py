@@ -11,13 +11,14 @@ import ctypes
 from ctypes import c_char, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 REGISTER_READ_ONLY = 8  # cudaHostRegisterReadOnly: for memory that is mapped read-only here
 IPC_HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
+_FROM_ADDRESSES = 4  # cudaMemcpyDefault: addresses tell which side is the device
 
 
 class DeviceError(Exception):
@@ -37,6 +38,7 @@ class Runtime:
         library.cudaGetErrorString.argtypes = (c_int,)
         library.cudaHostRegister.argtypes = (c_void_p, c_size_t, c_uint)
         library.cudaHostUnregister.argtypes = (c_void_p,)
+        library.cudaMemcpyAsync.argtypes = (c_void_p, c_void_p, c_size_t, c_int, c_void_p)
         library.cudaMalloc.argtypes = (ctypes.POINTER(c_void_p), c_size_t)
         library.cudaFree.argtypes = (c_void_p,)
         library.cudaIpcGetMemHandle.argtypes = (ctypes.POINTER(_IpcHandle), c_void_p)
@@ -54,6 +56,12 @@ class Runtime:
     def unregister(self, address: int) -> None:
         """Undo `register` of a range that began at `address`."""
         self._call("cudaHostUnregister", address)
+
+    def copy(self, destination: int, source: int, nbytes: int, stream: int) -> None:
+        """Queue a copy between any two places that CUDA can tell by their addresses."""
+        code = self._library.cudaMemcpyAsync(destination, source, nbytes, _FROM_ADDRESSES, stream)
+        if code:
+            self._fail("cudaMemcpyAsync", code)
 
     def allocate(self, nbytes: int) -> int:
         """The address of device memory of its own, which an IPC handle may share."""
@@ -89,9 +97,12 @@ class Runtime:
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self._library, name)(*arguments)
         if code:
-            self._library.cudaGetLastError()
-            words = self._library.cudaGetErrorString(code).decode(errors="replace")
-            raise DeviceError(f"{name} failed with error {code}: {words}")
+            self._fail(name, code)
+
+    def _fail(self, name: str, code: int) -> NoReturn:
+        self._library.cudaGetLastError()
+        words = self._library.cudaGetErrorString(code).decode(errors="replace")
+        raise DeviceError(f"{name} failed with error {code}: {words}")
 
 
 @lru_cache(maxsize=1)

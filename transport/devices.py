@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
 
-from transport import registration
+from transport import cudart, registration
 from transport.specs import Bytes
 
 
@@ -45,27 +46,40 @@ def to_host(destination: Bytes, source: torch.Tensor, after: torch.cuda.Event) -
     index = source.device.index
     registration.register_rings(index)
     stream = copies_to_host(index)
-    host, flat = torch.from_numpy(destination), flat_bytes(source)
+    stream.wait_event(after)
+    host = _address(destination)
+    _queue(index, host, source.data_ptr(), pieces(host, destination.nbytes), stream)
     done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-    with torch.cuda.device(index), torch.cuda.stream(stream):
-        stream.wait_event(after)
-        for start, stop in cut(destination):
-            host[start:stop].copy_(flat[start:stop], non_blocking=True)
-        done.record(stream)
+    done.record(stream)
     done.synchronize()
 
 
-def from_host(destination: torch.Tensor, source: Bytes, stream: torch.cuda.Stream) -> None:
-    """Queue on `stream` a copy of `source` into `destination`, uint8 of its size on a GPU.
+def from_host(destination: torch.Tensor, start: int, source: Bytes, stream: torch.cuda.Stream) -> None:
+    """Queue on `stream` a copy of `source` to the bytes of `destination`, on a GPU, from `start` on.
 
     Both must stay as they are until an event recorded after this has happened.
     """
-    host = torch.from_numpy(source)
-    with torch.cuda.stream(stream):
-        for start, stop in cut(source):
-            destination[start:stop].copy_(host[start:stop], non_blocking=True)
+    host = _address(source)
+    there = destination.data_ptr() + start
+    _queue(destination.device.index, there, host, pieces(host, source.nbytes), stream)
 
 
-def cut(array: Bytes) -> Iterator[tuple[int, int]]:
+def pieces(address: int, nbytes: int) -> Iterator[tuple[int, int]]:
     """Where a copy between host memory and a device is to be cut: start and stop of each piece, in bytes."""
-    return registration.rings.pieces(int(array.ctypes.data), array.nbytes)
+    return registration.rings.pieces(address, nbytes)
+
+
+def _queue(
+    device: int, destination: int, source: int, parts: Iterator[tuple[int, int]], stream: torch.cuda.Stream
+) -> None:
+    """Call the runtime itself: torch's way to the same call takes 20 to 100 µs for each piece."""
+    copy, handle = cudart.runtime().copy, stream.cuda_stream
+    # A thread that never used CUDA would open it on device 0 by its first call.
+    with nullcontext() if torch.cuda.current_device() == device else torch.cuda.device(device):
+        for start, stop in parts:
+            copy(destination + start, source + start, stop - start, handle)
+
+
+def _address(array: Bytes) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address

@@ -67,7 +67,7 @@ def test_every_kind_of_tensor_arrives_as_it_was_sent(link: Link, stager: Stager)
 def test_a_record_across_the_borders_of_registered_steps(link: Link, stager: Stager) -> None:
     link.registered(stager)
     held = link.exchanged({"x": noise(STEP // 2)})
-    data = noise(100 * MIB, 3)
+    data = noise(60 * MIB, 3)
     for _ in range(3):  # while the steps are being registered, and afterwards
         message = link.exchanged({"x": data}, stager)
         staged(message).wait()
