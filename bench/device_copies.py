@@ -69,7 +69,7 @@ def _turns(buffer: torch.Tensor, view: torch.Tensor) -> dict[str, Callable[[], o
     event = devices.queued(device)
 
     def from_ring() -> None:
-        devices.from_host(device, 0, seen, stream)
+        devices.copy_in(device, 0, seen, stream)
         stream.synchronize()
 
     def from_pinned() -> None:
@@ -112,7 +112,7 @@ def _check(sizes: list[int]) -> int:
         with registered_ring(2 * nbytes) as (buffer, view):
             buffer[:nbytes] = data
             there = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
-            devices.from_host(there, 0, view[:nbytes].numpy(), devices.copies_from_host(0))
+            devices.copy_in(there, 0, view[:nbytes].numpy(), devices.copies_from_host(0))
             devices.copies_from_host(0).synchronize()
             devices.to_host(buffer[nbytes:].numpy(), there, devices.queued(there))
             if not view[nbytes:].equal(data):
@@ -134,7 +134,7 @@ def floor(_folder: Path, *, nbytes: int, threads: int, times: int) -> Report:
             source.fill(place, threads=threads)
 
         def transfer() -> None:
-            devices.from_host(device, 0, seen, stream)
+            devices.copy_in(device, 0, seen, stream)
             stream.synchronize()
 
         def both() -> None:
@@ -146,7 +146,7 @@ def floor(_folder: Path, *, nbytes: int, threads: int, times: int) -> Report:
 
             def progress(filled: int) -> None:
                 nonlocal done
-                devices.from_host(device, done, seen[done:filled], stream)
+                devices.copy_in(device, done, seen[done:filled], stream)
                 done = filled
 
             source.fill(place, threads=threads, progress=progress)

@@ -1,24 +1,18 @@
 """From the sender's ring to the device that the model runs on: copied as tensors come, beside the computing.
 
 The device reads the ring itself (`transport.register_rings`), on a stream of its own. An event behind each
-copy tells two parties that it is done: the stream of the model, which waits on the device, and one thread
-here, which then lets go of the view that was copied. That thread waits for the events in their order and
-sleeps meanwhile; a host function in the stream (`cudaLaunchHostFunc`) would have to take the GIL while the
-stream stands still, and asking again and again would cost a core.
+copy tells two parties that it is done: the stream of the model, which waits on the device, and the thread
+that lets go of the view that was copied (`transport.copy_in`).
 """
 
 from __future__ import annotations
 
-import logging
-import queue
-import threading
 from typing import cast
 
+import numpy as np
 import torch
 
 import transport
-
-_log = logging.getLogger("tensorferry.worker")
 
 
 class Stager:
@@ -29,22 +23,22 @@ class Stager:
 
     def __init__(self, device: torch.device) -> None:
         self.device = torch.empty(0, device=device).device  # with its index
-        self._copier: _Copier | None = None
+        self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             transport.register_rings(self.device.index)
-            self._copier = _Copier(self.device)
+            self._stream = transport.copies_from_host(self.device.index)
 
     def batch(self) -> Staged:
         """For the next message."""
-        return Staged(self.device, self._copier)
+        return Staged(self.device, self._stream)
 
 
 class Staged:
     """The tensors of one message on their way to the device. Dropping it does no harm at any time."""
 
-    def __init__(self, device: torch.device, copier: _Copier | None) -> None:
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
         self._device = device
-        self._copier = copier
+        self._stream = stream
         self._tensors: list[torch.Tensor] = []
         self._last: torch.cuda.Event | None = None
 
@@ -72,16 +66,18 @@ class Staged:
             self._last.synchronize()
 
     def _empty(self, nbytes: int) -> torch.Tensor:
-        if self._copier is None:
-            return torch.empty(nbytes, dtype=torch.uint8)
-        return self._copier.empty(nbytes)
+        # For the stream of the copies: what the model's stream freed could be used there still.
+        with torch.cuda.stream(self._stream):  # None: nothing happens
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
-    def copy(self, destination: torch.Tensor, start: int, array: transport.Bytes) -> None:
+    def copy(self, destination: torch.Tensor, start: int, array: transport.Bytes | transport.Piece) -> None:
         """Queue a copy to the bytes from `start` on, which keeps `array` until it is done."""
-        if self._copier is None:
+        if self._stream is not None:
+            if array.nbytes:
+                self._last = transport.copy_in(destination, start, array, self._stream)
+        else:
+            assert isinstance(array, np.ndarray)  # a piece of a GPU comes only to who uses that GPU
             destination.numpy()[start : start + array.nbytes] = array
-        elif array.nbytes:
-            self._last = self._copier.copy(destination, start, array)
 
 
 class _Place:
@@ -91,44 +87,8 @@ class _Place:
         self.tensor = tensor
         self._staged = staged
 
-    def write(self, start: int, array: transport.Bytes) -> None:
+    def write(self, start: int, array: transport.Bytes | transport.Piece) -> None:
         self._staged.copy(self.tensor, start, array)
-
-
-class _Copier:
-    """The stream of the copies to one device, and the thread that lets go of what was copied."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = transport.copies_from_host(device.index)
-        self._under_way: queue.SimpleQueue[tuple[torch.cuda.Event, transport.Bytes]] = queue.SimpleQueue()
-        threading.Thread(target=self._let_go, name="tensorferry-staged", daemon=True).start()
-
-    def empty(self, nbytes: int) -> torch.Tensor:
-        # For this stream: what the model's stream freed could be used there still.
-        with torch.cuda.stream(self._stream):
-            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-
-    def copy(self, destination: torch.Tensor, start: int, array: transport.Bytes) -> torch.cuda.Event:
-        transport.from_host(destination, start, array, self._stream)
-        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        done.record(self._stream)
-        self._under_way.put((done, array))
-        return done
-
-    def _let_go(self) -> None:
-        while True:
-            done, array = self._under_way.get()
-            try:
-                self._await(done)
-            except RuntimeError as error:  # no copy will ever end on this device
-                _log.error("a copy to the device failed, and what it read from is kept: %s", error)
-                self._under_way.put((done, array))
-                return
-            del done, array  # before the next wait, which may be long
-
-    def _await(self, done: torch.cuda.Event) -> None:
-        done.synchronize()
 
 
 def staged(message: transport.Message) -> Staged | None:

@@ -209,6 +209,11 @@ class RingWriter:
                 else:
                     self._ledger.land(record, column)
 
+    def lives(self, record: Record) -> bool:
+        """Whether a record is still there, as of the last look: somebody counts on it or may have it open."""
+        with self._lock:
+            return self._ledger.live.get(record.slot) is record
+
     def lend(self, record: Record) -> NDArray[np.uint8]:
         """A writable view that counts on the record until the last view of it is gone (a loan)."""
         with self._lock:

@@ -25,13 +25,14 @@ RANKS: dict[str, list[set[str]]] = {
     "transport": [
         {"cudart", "errors"},
         {"config", "registration", "specs"},
-        {"devices", "staging"},
-        {"sources"},
+        {"devices"},
+        {"sharing", "sources", "staging"},
         {"tensors"},
         {"codec", "message", "waiting"},
         {"backends.base"},
         {"backends.budget", "assembly", "wire", "registry"},
         {"backends.inline", "backends.frames", "backends.shm", "backends.tcp", "link"},
+        {"backends.cuda"},
         {"backends.auto", "roster"},
         {"sending"},
         {"receiving"},
@@ -54,6 +55,7 @@ RANKS: dict[str, list[set[str]]] = {
 # transport uses shm in one file; who looks at segments, and not at messages, may look at shm itself.
 DOORS_TO_SHM = {
     "transport.backends.shm",
+    "transport.backends.cuda",
     "engine.ps",
     "engine.segments",
     "engine.top",

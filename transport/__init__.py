@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transport.backends.base import Held
 from transport.config import TransportConfig
-from transport.devices import copies_from_host, from_host
+from transport.devices import Piece, copies_from_host, copy_in
 from transport.endpoint import Endpoint, PeerInfo, connect, listen
 from transport.errors import Closed, Full, PeerGone, ProtocolError, Timeout, TooLarge, TransportError
 from transport.receiving import Message
@@ -23,6 +23,7 @@ __all__ = [
     "Message",
     "PeerGone",
     "PeerInfo",
+    "Piece",
     "Place",
     "ProtocolError",
     "Registered",
@@ -34,7 +35,7 @@ __all__ = [
     "concat",
     "connect",
     "copies_from_host",
-    "from_host",
+    "copy_in",
     "listen",
     "register_rings",
     "registered",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from transport import devices
 from transport.backends.base import Bytes
 from transport.config import TransportConfig
 from transport.errors import ProtocolError
@@ -73,7 +74,7 @@ class Assembly:
                 f"{piece.nbytes} bytes at {piece.start} of a tensor of {nbytes} that has {filled}"
             )
 
-    def write(self, piece: Piece, start: int, array: Bytes) -> None:
+    def write(self, piece: Piece, start: int, array: Bytes | devices.Piece) -> None:
         """Bytes of a piece, from its byte `start` on."""
         self._places[piece.index].write(piece.start + start, array)
 
@@ -98,7 +99,9 @@ class _Buffer:
     def tensor(self) -> torch.Tensor:
         return torch.from_numpy(self.array)
 
-    def write(self, start: int, array: Bytes) -> None:
+    def write(self, start: int, array: Bytes | devices.Piece) -> None:
+        if isinstance(array, devices.Piece):
+            raise ProtocolError("parts of a message do not lie on a GPU")
         self.array[start : start + array.nbytes] = array
 
 

@@ -51,6 +51,11 @@ class TransportConfig:
     cut_through: bool = _option(
         False, "read tensors while they are being written: for who receives with a stage"
     )
+    device_pool_bytes: int = _option(
+        256 << 20,
+        "memory on a GPU for tensors to peers on the same GPU; taken when first used",
+        least=1 << 16,
+    )
     insecure: bool = _option(False, "allow tcp addresses off loopback without encryption")
     trace: Trace | None = field(
         default=None, metadata={"help": "called as trace(event, monotonic nanoseconds, fields) at each step"}

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from transport import codec
@@ -17,9 +18,11 @@ from transport.errors import PeerGone, ProtocolError, Timeout
 from transport.link import Link
 from transport.message import Abandon, Data, Numbered, Part, Reference
 from transport.sending import PARTS
+from transport.specs import shaped_on_device
 from transport.staging import Batch, Stage, finished
 from transport.tensors import Source, Tensor, source_of, view
 
+_ELSEWHERE: Bytes = np.empty(0, np.uint8)  # for a tensor of which nothing is open here
 _Waiting = tuple[Link, Numbered, Sequence[Bytes]]
 
 
@@ -88,6 +91,7 @@ class Receiver:
         self._config = config
         self.inbounds = inbounds
         self._finish = finish
+        self._on_device = {name for name, inbound in inbounds.items() if inbound.on_device}
         self._queue: deque[_Waiting] = deque()
         self._assemblies: dict[int, Assembly | None] = {}
         self._receiving = threading.Lock()
@@ -144,8 +148,9 @@ class Receiver:
             sizes = self._check_sizes(references)
             batch = self._batch(link, references, stage)
             for reference, nbytes in zip(references, sizes, strict=True):
-                if batch is not None and reference.spec.is_torch:
+                if (batch is not None or reference.backend in self._on_device) and reference.spec.is_torch:
                     tensors.append(self._bring(link, reference, nbytes, frames, batch))
+                    arrays.append(_ELSEWHERE)
                     continue
                 array = self._open(link, reference, nbytes, frames)
                 arrays.append(array.copy() if copy else array)
@@ -206,9 +211,13 @@ class Receiver:
         return None if stage is None else stage.batch()
 
     def _bring(
-        self, link: Link, reference: Reference, nbytes: int, frames: Sequence[Bytes], batch: Batch
+        self, link: Link, reference: Reference, nbytes: int, frames: Sequence[Bytes], batch: Batch | None
     ) -> Tensor:
         """A tensor elsewhere, on a device for one; its bytes may be on their way when this returns."""
+        if batch is None:
+            inbound = self._inbound(reference.backend)
+            flat = inbound.open_on_device(link.peer, bytes(reference.handle), nbytes)
+            return shaped_on_device(flat, reference.spec)
         assembly = self._assemblies.get(link.peer.link)
         if reference.backend == PARTS and assembly is not None and assembly.batch is batch:
             return finished(assembly.finished(_index(reference), nbytes), reference.spec)

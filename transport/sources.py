@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from .devices import flat_bytes, queued, to_host
+from .devices import copy_out, flat_bytes, queued, to_host
 from .specs import Bytes, Tensor, TensorSpec, Window, is_aligned, shaped
 
 Progress: TypeAlias = Callable[[int], None]
@@ -182,7 +182,7 @@ class _Flat(Source):
         return True  # bytes go anywhere
 
 
-class _Device(Source):
+class DeviceSource(Source):
     """Bytes that lie in C order in a GPU's memory, behind whatever was queued for them when this was made."""
 
     __slots__ = ("_after",)
@@ -190,6 +190,15 @@ class _Device(Source):
     def __init__(self, spec: TensorSpec, nbytes: int, tensor: torch.Tensor, after: torch.cuda.Event) -> None:
         super().__init__(spec, nbytes, tensor)
         self._after = after
+
+    @property
+    def device(self) -> int:
+        """The number of the GPU."""
+        return int(self.tensor.device.index)
+
+    def copy_out(self, address: int) -> None:
+        """Copy all bytes to an address on the same GPU; complete on return."""
+        copy_out(address, self.tensor, self._after)
 
     def _write(self, destination: Bytes) -> None:
         to_host(destination, self.tensor, self._after)
@@ -202,7 +211,7 @@ class _Device(Source):
         flat = flat_bytes(self.tensor)
         for start in range(0, self.nbytes, limit):
             part = flat[start : start + limit]
-            yield _Device(TensorSpec("|u1", tuple(part.shape)), part.nbytes, part, self._after)
+            yield DeviceSource(TensorSpec("|u1", tuple(part.shape)), part.nbytes, part, self._after)
 
     def _suits(self, destination: Bytes) -> bool:  # noqa: ARG002  # the base class needs it
         return True  # bytes go anywhere
@@ -275,7 +284,7 @@ def source_over(tensor: Tensor, dtype: str) -> Source:
     if tensor.is_cuda:
         # What is not contiguous becomes so on the device, which is faster at it, in the producer's stream.
         whole = tensor.detach().resolve_conj().resolve_neg().contiguous()
-        return _Device(spec, nbytes, whole, queued(whole))
+        return DeviceSource(spec, nbytes, whole, queued(whole))
     if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_conj() or tensor.is_neg():
         return _Strided(spec, nbytes, tensor.detach())
     return _Flat(spec, nbytes, tensor)

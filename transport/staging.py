@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from transport.devices import Piece
 from transport.specs import Bytes, Tensor, TensorSpec, shaped_on_device
 
 
@@ -22,8 +23,11 @@ class Place(Protocol):
     def tensor(self) -> torch.Tensor:
         """The bytes as the receiver is to have them, uint8 [nbytes]; they may not be there yet."""
 
-    def write(self, start: int, array: Bytes) -> None:
-        """The bytes from `start` on. In order, without gaps; `array` may be a view into the sender's ring."""
+    def write(self, start: int, array: Bytes | Piece) -> None:
+        """The bytes from `start` on. In order, without gaps; from the beginning where it is tried again.
+
+        `array` may be a view into the sender's ring, or a piece of its memory on the GPU of this process.
+        """
 
 
 class Batch(Protocol):

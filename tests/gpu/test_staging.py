@@ -11,10 +11,9 @@ import torch
 
 import shm
 import transport
-from engine import staging
 from engine.staging import Stager
 from tests.gpu.conftest import MIB, Link, busy, is_done, settings, staged, until
-from transport import cudart, registration
+from transport import cudart, devices, registration
 from transport.conformance import WAIT, noise, running, same
 from transport.registration import STEP
 
@@ -108,7 +107,7 @@ def test_without_the_wait_for_the_event_the_device_reads_other_bytes(
     link.registered(stager)
     until(lambda: link.live() == 0, "nothing is held")
     if not guarded:
-        monkeypatch.setattr(staging._Copier, "_await", lambda self, done: None)
+        monkeypatch.setattr(devices.Kept, "_await", lambda self, done: None)
     first, second = noise(8 * MIB, 7), noise(8 * MIB, 8)
     busy(transport.copies_from_host(0), 300)
     message = link.exchanged({"x": first}, stager)

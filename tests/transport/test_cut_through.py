@@ -75,7 +75,10 @@ def put(both: Both, *sources: Source) -> Parcel:
 
 def followed(both: Both, parcel: Parcel, index: int = 0) -> Iterator[tuple[int, Bytes]]:
     name, handle = parcel.load(both.peer).handles[index]
-    return both.inbounds[name].follow(both.peer, handle, MIB, [])
+    for start, array in both.inbounds[name].follow(both.peer, handle, MIB, []):
+        assert isinstance(array, np.ndarray)
+        yield start, array
+        del array
 
 
 def test_a_reader_sees_the_first_half_while_the_second_is_not_written(both: Both) -> None:
@@ -169,7 +172,8 @@ class OnePlace:
         self.writes: list[tuple[int, int]] = []
         self._batch = batch
 
-    def write(self, start: int, array: Bytes) -> None:
+    def write(self, start: int, array: Bytes | transport.Piece) -> None:
+        assert isinstance(array, np.ndarray)
         self.tensor.numpy()[start : start + array.nbytes] = array
         self.writes.append((start, array.nbytes))
         self._batch.stage.wrote(array.nbytes)

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from transport.config import TransportConfig
+from transport.devices import Piece
 from transport.errors import TransportError
 
 if TYPE_CHECKING:
@@ -175,6 +177,8 @@ class Inbound(ABC):
     """
 
     name: str
+    on_device = False
+    """Whether what it opens is on a GPU: `open_on_device` is called then, where a torch tensor is wanted."""
 
     def __init__(self, config: TransportConfig) -> None:
         self.config = config
@@ -195,9 +199,13 @@ class Inbound(ABC):
         owner is gone, `Timeout` when it is worth trying again.
         """
 
+    def open_on_device(self, peer: Peer, handle: bytes, nbytes: int) -> torch.Tensor:
+        """As `open`: uint8 [nbytes] on a GPU, complete for what is queued on the current stream later."""
+        raise NotImplementedError
+
     def follow(
         self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]
-    ) -> Iterator[tuple[int, Bytes]]:
+    ) -> Iterator[tuple[int, Bytes | Piece]]:
         """As `open`, but in pieces (start, bytes), for who takes them elsewhere: maybe before all are there.
 
         The pieces follow each other; each is complete and keeps the record. Errors as `open`, at any piece.

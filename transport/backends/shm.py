@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from transport.backends.base import (
 )
 from transport.config import TransportConfig
 from transport.errors import Full, PeerGone, ProtocolError, Timeout, TooLarge
+from transport.sharing import Exporter, Importer
 from transport.tensors import Source
 from transport.waiting import attempts
 
@@ -48,12 +50,20 @@ class _Offer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     name: str
     column: int
     challenge: int
+    device: bytes = b""  # what to read on the GPU that this process uses; see `transport.sharing`
+
+
+class _Proof(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Beside the challenge in the column: whether records are read early, and what was read on the GPU."""
+
+    follows: bool = False
+    device: bytes = b""
 
 
 _handles = msgspec.msgpack.Decoder(_Handle)
 _offers = msgspec.msgpack.Decoder(_Offer)
+_proofs = msgspec.msgpack.Decoder(_Proof)
 _encode = msgspec.msgpack.Encoder().encode
-_FOLLOWS = b"follows"  # the proof of a peer that reads records while they are being filled
 _WORTH_FOLLOWING = 1 << 20  # bytes; less is copied before the peer has woken up
 _NO_BYTES = ("inline", _encode(b""))  # a record needs at least one byte
 
@@ -68,6 +78,11 @@ class ShmParcel(Parcel):
         self._records = records
         self._load = load
         self._columns = columns
+
+    @property
+    def records(self) -> Sequence[shm.Record]:
+        """The records, in the order of the tensors."""
+        return self._records
 
     def load(self, reader: Peer) -> Load:
         return self._load
@@ -141,6 +156,8 @@ class ShmOutbound(Outbound):
         self._columns: dict[Peer, int] = {}
         self._refused: dict[Peer, str] = {}
         self._followers: set[Peer] = set()  # who reads records while they are being filled
+        self._same_device: dict[Peer, int] = {}  # who sees the same GPU
+        self.exporter = Exporter(config.device_pool_bytes)
         self._tensors = self._nbytes = 0
         self._threads = config.threads
 
@@ -154,7 +171,9 @@ class ShmOutbound(Outbound):
             with self._admitting:
                 if peer not in self._offered:
                     self._offered[peer] = self.ring().offer()
-                return _encode(_Offer(*self._offered[peer]))
+                challenge = self.exporter.challenge()
+                device = challenge.offer if challenge else b""
+                return _encode(_Offer(*self._offered[peer], device))
         except (shm.RingFull, shm.NoSpace) as error:
             self._refused[peer] = str(error)
             raise Full(str(error), failed={peer.name: str(error)}) from error
@@ -169,15 +188,23 @@ class ShmOutbound(Outbound):
             self._refused[peer] = answer.reason
             return answer.reason
         try:
+            proof = _proofs.decode(answer.data) if answer.data else _Proof()
             writer.admit(offer, peer.name, peer.pid)
-        except shm.AdmissionFailed as error:
+        except (msgspec.DecodeError, shm.AdmissionFailed) as error:
             writer.withdraw(offer)
             self._refused[peer] = str(error)
             return str(error)
         self._columns[peer] = offer.column
-        if answer.data == _FOLLOWS:
+        if proof.follows:
             self._followers.add(peer)
+        challenge = self.exporter.challenge() if proof.device else None
+        if challenge is not None and secrets.compare_digest(proof.device, challenge.answer):
+            self._same_device[peer] = challenge.device
         return ""
+
+    def device_of(self, peer: Peer) -> int | None:
+        """The GPU of this process on which the peer can read what is shared with it."""
+        return self._same_device.get(peer)
 
     def admitted(self, peer: Peer) -> bool:
         """Whether the peer proved that it maps the ring."""
@@ -207,6 +234,7 @@ class ShmOutbound(Outbound):
             self.ring().withdraw(offer)
         self._refused.pop(peer, None)
         self._followers.discard(peer)
+        self._same_device.pop(peer, None)
         if self._columns.pop(peer, None) is not None and self._writer is not None:
             self._writer.reap()
 
@@ -362,6 +390,7 @@ class ShmOutbound(Outbound):
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+        self.exporter.close()
 
 
 class ShmInbound(Inbound):
@@ -374,14 +403,16 @@ class ShmInbound(Inbound):
         self._proved: dict[Peer, shm.RingReader] = {}  # not admitted yet
         self._readers: dict[int, shm.RingReader] = {}
         self._identities: dict[Peer, int] = {}
+        self.importer = Importer()
 
     def accept(self, peer: Peer, offer: bytes, own_name: str) -> Proof | Refusal:
         older = self._proved.pop(peer, None)
         if older is not None:  # a peer that offers again and again must not fill this process with mappings
             older.close()
         try:
+            offered = _offers.decode(offer)
             self._proved[peer] = shm.RingReader(
-                shm.Offer(*msgspec.structs.astuple(_offers.decode(offer))),
+                shm.Offer(offered.name, offered.column, offered.challenge),
                 own_name,
                 trace=_trace(self.config),
                 watch=registration.rings.watch,
@@ -390,7 +421,9 @@ class ShmInbound(Inbound):
             return Refusal("the offer is not one")
         except (shm.ShmError, OSError) as error:
             return Refusal(str(error))
-        return Proof(_FOLLOWS if self.config.cut_through else b"")
+        return Proof(
+            _encode(_Proof(self.config.cut_through, self.importer.answer(peer.link, offered.device)))
+        )
 
     def settle(self, peer: Peer, reason: str) -> None:
         reader = self._proved.pop(peer, None)
@@ -431,12 +464,13 @@ class ShmInbound(Inbound):
             yield done - start, view[done:filled]
             done = filled
 
+    def open_record(self, peer: Peer, handle: bytes) -> Bytes:
+        """All bytes of what a handle names, however many they are; otherwise as `open`."""
+        return self.open(peer, handle, _decoded(handle).length, ())
+
     def _find(self, peer: Peer, handle: bytes, nbytes: int) -> tuple[shm.RingReader, shm.Handle, int]:
         """Where a tensor is: whose ring, which record, and the tensor's first byte in it."""
-        try:
-            where = _handles.decode(handle)
-        except msgspec.DecodeError as error:
-            raise ProtocolError(f"a ring handle is not one: {error}") from error
+        where = _decoded(handle)
         if where.length != nbytes or not 0 <= where.start <= where.nbytes - nbytes:
             raise ProtocolError(f"{nbytes} bytes at {where.start} of a record of {where.nbytes}")
         reader = self._readers.get(where.segment)
@@ -467,6 +501,13 @@ class ShmInbound(Inbound):
     def close(self) -> None:
         for peer in {*self._proved, *self._identities}:
             self.drop(peer)
+
+
+def _decoded(handle: bytes) -> _Handle:
+    try:
+        return _handles.decode(handle)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"a ring handle is not one: {error}") from error
 
 
 @contextmanager
