@@ -19,7 +19,7 @@ from transport.conformance import WAIT, digest, noise, running
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda", 0)
-SMALL_POOL = {"device_pool_bytes": 24 * MIB}
+SMALL_POOL: dict[str, Any] = {"device_pool_bytes": 24 * MIB}
 
 
 def _answers(address: str, with_stage: bool, cuda: bool) -> None:
