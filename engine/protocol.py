@@ -50,10 +50,12 @@ class Reply(msgspec.Struct, tag=True, frozen=True):
 def transport_config(config: EngineConfig, *, replies: bool = False) -> transport.TransportConfig:
     """The transport's settings. `replies`: those of a rank, whose small answers need no ring of its own."""
     backend = config.tensor_transport
+    stages = replies and config.device != "cpu" and torch.cuda.is_available()
     return transport.TransportConfig(
         backend="auto" if replies and backend == "shm" else backend,
         ring_bytes=config.ring_bytes,
         inline_below=config.inline_below,
         peer_share=config.peer_share,
         copy_threads=config.copy_threads,
+        cut_through=stages,
     )

@@ -2,8 +2,8 @@
 
 `python -m engine.worker --name rank0 --address ipc://… --config FILE`, started by `engine.launch`.
 
-One thread receives, so that a request is open (and on a GPU will be staged) while the model works on the
-one before; the main thread runs the model. How much may wait here is the front end's decision.
+One thread receives, so that a request is open (on a GPU: copied there) while the model works on the one
+before; the main thread runs the model. How much may wait here is the front end's decision.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from engine.config import EngineConfig
 from engine.model import Batch, Model, ModelError, load_model
 from engine.options import ConfigError
 from engine.protocol import FRONT, Ready, Reply, Request, Stop, transport_config
-from engine.staging import choose_device, stage
+from engine.staging import Staged, Stager, choose_device, staged
 
 _log = logging.getLogger("tensorferry.worker")
 
@@ -40,10 +40,11 @@ _ORPHAN_GRACE = 10.0
 
 
 class _Opened(NamedTuple):
-    """A request whose tensors are open here, and when they were."""
+    """A request whose tensors are open here or on their way to the device, and since when."""
 
     request: Request
     opened_ns: int
+    staged: Staged | None
 
 
 class Worker:
@@ -53,6 +54,8 @@ class Worker:
         self._endpoint = endpoint
         self._model = model
         self._device = device
+        # On the CPU the model reads the views into the ring themselves.
+        self._stager = Stager(device) if device.type == "cuda" else None
         self._opened: queue.SimpleQueue[_Opened | None] = queue.SimpleQueue()
 
     def run(self) -> None:
@@ -79,7 +82,7 @@ class Worker:
     def _take_requests(self) -> None:
         while True:
             try:
-                message = self._endpoint.receive(Request | Stop, timeout=_WAIT)
+                message = self._endpoint.receive(Request | Stop, timeout=_WAIT, stage=self._stager)
             except transport.Timeout:
                 continue
             except transport.ProtocolError as error:  # one message is lost, the link is good
@@ -87,13 +90,15 @@ class Worker:
                 continue
             if isinstance(message.body, Stop):
                 return
-            self._opened.put(_Opened(message.body, time.monotonic_ns()))
+            self._opened.put(_Opened(message.body, time.monotonic_ns(), staged(message)))
             del message
 
     def _answer(self, opened: _Opened) -> Reply:
         request = opened.request
         places = list(range(len(request.pixel_values)))
         errors: dict[int, str] = {}
+        if opened.staged is not None:
+            opened.staged.wait()
         try:
             embeddings = self._encode(request, places)
         except Exception as error:  # noqa: BLE001  # a model may raise anything; the loop goes on
@@ -118,15 +123,17 @@ class Worker:
 
     def _encode(self, request: Request, places: Sequence[int]) -> dict[int, torch.Tensor]:
         batch = Batch(
-            pixel_values=[stage(request.pixel_values[place], self._device) for place in places],
+            pixel_values=[request.pixel_values[place] for place in places],
             grid_thw=torch.tensor([request.grids[place] for place in places], dtype=torch.int64).view(-1, 3),
         )
-        embeddings = self._model.forward(batch).embeddings.detach().cpu()
+        embeddings = self._model.forward(batch).embeddings.detach()
         if embeddings.ndim != 2 or len(embeddings) != len(places):
             raise ModelError(
                 f"the model returned embeddings {list(embeddings.shape)} for {len(places)} images; "
                 f"they must be [{len(places)}, dim]"
             )
+        if embeddings[:1].nbytes < self._endpoint.config.inline_below:
+            embeddings = embeddings.cpu()  # all at once; large ones go from the device into the ring
         return dict(zip(places, embeddings, strict=True))
 
 

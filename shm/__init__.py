@@ -29,6 +29,7 @@ from shm.look import ReaderInfo, RecordInfo, RecordReader, SegmentInfo
 from shm.memory import DIRECTORY, REMEDY, Space, human, require_space, space
 from shm.reader import RingReader
 from shm.record import Lease, Record, RingStatistics
+from shm.tenure import Tenure, Watch, Watched
 from shm.writer import RingWriter
 
 __all__ = [
@@ -57,6 +58,9 @@ __all__ = [
     "Space",
     "StaleHandle",
     "Stalled",
+    "Tenure",
+    "Watch",
+    "Watched",
     "describe",
     "human",
     "names",

@@ -20,12 +20,14 @@ from shm import layout as at
 from shm import memory, segment
 from shm.errors import RingClosed, StaleHandle, Stalled
 from shm.handle import Handle, Offer
-from shm.liveness import LivenessLock, started
+from shm.liveness import started
 from shm.mapping import lineage
 from shm.record import Trace
+from shm.tenure import Tenure, Watch
 from shm.words import TOTAL_STORE_ORDER, fence, fence_in_finalizer
 
 _FINALIZER_MAY_TAKE = 1.0  # seconds between the death of a view and the store of its finalizer
+_ASK_EVERY = 64  # looks at a record that is being filled, until its writer's lock is asked
 _YIELDS, _NAP = 100, 50e-6  # how often to yield while the writer is in mid-step, and to sleep afterwards
 
 View = NDArray[np.uint8]
@@ -38,12 +40,12 @@ class _Lease(weakref.ref[View]):
     by which a second `open` finds the view, too. `_leases` keeps it alive, as `finalize` keeps itself.
     """
 
-    __slots__ = ("column", "lock", "nbytes", "offset", "pid", "word")
+    __slots__ = ("column", "nbytes", "offset", "pid", "tenure", "word")
 
     column: memoryview
     word: int
     pid: int
-    lock: LivenessLock  # held by this reference until the view is gone
+    tenure: Tenure  # of the mapping and the lock, held by this reference until the view is gone
     offset: int
     nbytes: int
 
@@ -71,12 +73,14 @@ class RingReader:
     Taking the offer locks the column, clears it and writes the challenge there, which is the proof
     that this process maps the writer's memory. Nothing may be opened before the writer said that it
     admitted the column. `trace`, if given, is called as trace(event, fields) when a record is about to
-    be opened and when it is: opening, opened.
+    be opened and when it is: opening, opened. `watch` hears of the mapping, its growth and its end.
     Raises `SegmentMissing`, `LayoutMismatch`, `AdmissionFailed` or `NoSpace`.
     """
 
-    def __init__(self, offer: Offer, name: str, *, trace: Trace | None = None) -> None:
-        self._segment = segment.attach(offer.name, offer.column, offer.challenge)
+    def __init__(
+        self, offer: Offer, name: str, *, trace: Trace | None = None, watch: Watch | None = None
+    ) -> None:
+        self._segment = segment.attach(offer.name, offer.column, offer.challenge, watch)
         layout = self._segment.layout
         self.identity = self._segment.identity  # the number by which handles name this segment
         self.column = self._segment.index
@@ -135,7 +139,7 @@ class RingReader:
                 words[self._opened_word + slot] = time.monotonic_ns()
                 view = np.frombuffer(self._segment.data, np.uint8, nbytes, offset)
                 lease = _Lease(view, _release)
-                lease.column, lease.word, lease.lock = words, word, self._segment.lock
+                lease.column, lease.word, lease.tenure = words, word, self._segment.tenure
                 lease.pid, lease.offset, lease.nbytes = self._pid, offset, nbytes
                 self._leases[slot] = _leases[id(lease)] = lease
             except BaseException:
@@ -165,6 +169,33 @@ class RingReader:
         if not TOTAL_STORE_ORDER:
             fence()  # SYNC publish: the count before the bytes that it counts
         return count
+
+    def wait_filled(self, handle: Handle, least: int, *, timeout: float = 1.0) -> int:
+        """`filled` once at least `least` of the first bytes of a record that is open here are complete.
+
+        `StaleHandle` when the writer gave it up or died; `Stalled` when it lives but has made no progress
+        for `timeout` seconds; `RingClosed`.
+        """
+        started, tries, seen = time.monotonic(), 0, -1
+        while True:
+            self._usable()
+            count = self.filled(handle)
+            if count >= least:
+                return count
+            # Asked before the words are read once more: what is not there then will never be.
+            if tries % _ASK_EVERY == _ASK_EVERY - 1 and not self._segment.writer_alive():
+                if self.filled(handle) >= least:
+                    continue
+                raise StaleHandle(f"the writer died while it filled slot {handle.slot}")
+            now = time.monotonic()
+            if count > seen:
+                started, seen = now, count
+            elif now - started > timeout:
+                raise Stalled(
+                    f"the writer (pid {self._header[at.H_PID]}) stopped while filling slot {handle.slot}"
+                )
+            tries += 1
+            time.sleep(0 if tries < _YIELDS else _NAP)
 
     def close(self) -> None:
         """Open nothing any more. The column stays locked until the last view of its records is gone."""
@@ -248,6 +279,7 @@ class RingReader:
         if end <= start:
             return
         self._populated = end
+        self._segment.tenure.grown(end)
         data: View = np.frombuffer(self._segment.data, np.uint8, end - start, start)
         threading.Thread(target=_populate, args=(data,), name="tensorferry-populate", daemon=True).start()
 

@@ -25,6 +25,7 @@ from shm.errors import AdmissionFailed, LayoutMismatch, NoSpace, RingClosed, Seg
 from shm.layout import Layout
 from shm.liveness import LivenessLock, is_held, started
 from shm.mapping import READ, READ_WRITE, map_shared
+from shm.tenure import Tenure, Watch
 
 WRITER = 0  # the lock byte of the writer; column c has byte 1 + c
 
@@ -32,14 +33,25 @@ WRITER = 0  # the lock byte of the writer; column c has byte 1 + c
 class Segment:
     """What writer and readers share: the name, the layout, the header, a descriptor for asking."""
 
-    _let_go: ClassVar[tuple[str, ...]] = ("header", "data")
+    _let_go: ClassVar[tuple[str, ...]] = ("header", "data", "tenure")
 
-    def __init__(self, name: str, layout: Layout, fd: int, *, protection: int, data_protection: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        layout: Layout,
+        fd: int,
+        *,
+        protection: int,
+        data_protection: int,
+        lock: LivenessLock | None,
+        watch: Watch | None,
+    ) -> None:
         control = map_shared(fd, layout.columns_offset, 0, protection)
         self.name = name
         self.layout = layout
         self.header = memoryview(control).cast("Q")  # header and slot lines, in words
         self.data = map_shared(fd, layout.capacity, layout.data_offset, data_protection, dump=False)
+        self.tenure = Tenure(self.data, lock, watch, writable=data_protection == READ_WRITE)
         self.identity: int = self.header[at.H_IDENTITY]
         self._fd = fd
         self._closer = weakref.finalize(self, os.close, fd)  # from here on the descriptor is ours
@@ -75,11 +87,15 @@ class Segment:
 class WriterSegment(Segment):
     """The writer's side: header, slots and data read-write, columns read-only."""
 
-    _let_go = ("header", "data", "columns")
+    _let_go = ("header", "data", "tenure", "columns")
 
-    def __init__(self, name: str, layout: Layout, fd: int, lock: LivenessLock) -> None:
+    def __init__(
+        self, name: str, layout: Layout, fd: int, lock: LivenessLock, watch: Watch | None = None
+    ) -> None:
         columns = map_shared(fd, layout.columns * layout.column_bytes, layout.columns_offset, READ)
-        super().__init__(name, layout, fd, protection=READ_WRITE, data_protection=READ_WRITE)
+        super().__init__(
+            name, layout, fd, protection=READ_WRITE, data_protection=READ_WRITE, lock=None, watch=watch
+        )
         self.columns = memoryview(columns).cast("Q")
         self.lock = lock
         self.mark = 0
@@ -105,6 +121,7 @@ class WriterSegment(Segment):
             purpose = f"growing the ring from {memory.human(start)} to {memory.human(mark)}"
             _reserve(self.fd, self.layout.data_offset + start, mark - start, purpose)
             self.mark = self.header[at.H_MARK] = mark
+            self.tenure.grown(mark)
             return True
 
     def unlink(self) -> None:
@@ -122,22 +139,24 @@ class WriterSegment(Segment):
 class ReaderSegment(Segment):
     """A reader's side: everything read-only but its own column, which carries its lock.
 
-    Column and lock are for whoever holds views, too: they go with the last reference to them.
+    Column and tenure, with the lock, are for whoever holds views, too: they go with the last reference.
     """
 
-    _let_go = ("header", "data", "column", "lock")
+    _let_go = ("header", "data", "tenure", "column", "lock")
 
-    def __init__(self, name: str, layout: Layout, fd: int, column: int, lock: LivenessLock) -> None:
+    def __init__(
+        self, name: str, layout: Layout, fd: int, column: int, lock: LivenessLock, watch: Watch | None = None
+    ) -> None:
         offset = layout.column_offset(column)
         _reserve(fd, offset, layout.column_bytes, "a reader's column")
         own = map_shared(fd, layout.column_bytes, offset, READ_WRITE)
-        super().__init__(name, layout, fd, protection=READ, data_protection=READ)
+        super().__init__(name, layout, fd, protection=READ, data_protection=READ, lock=lock, watch=watch)
         self.index = column
         self.lock = lock
         self.column = memoryview(own).cast("Q")
 
 
-def create(layout: Layout) -> WriterSegment:
+def create(layout: Layout, watch: Watch | None = None) -> WriterSegment:
     """Make a segment under a random name, 0600, locked by this process, control pages reserved.
 
     `NoSpace` when /dev/shm or memory is short of the control pages.
@@ -148,12 +167,12 @@ def create(layout: Layout) -> WriterSegment:
             fd = posix_ipc.SharedMemory("/" + name, posix_ipc.O_CREX, mode=0o600).fd
         except posix_ipc.ExistentialError as error:
             raise SegmentExists(f"{name} exists already") from error
-        segment = _prepare(name, fd, layout)
+        segment = _prepare(name, fd, layout, watch)
         if segment is not None:
             return segment
 
 
-def _prepare(name: str, fd: int, layout: Layout) -> WriterSegment | None:
+def _prepare(name: str, fd: int, layout: Layout, watch: Watch | None = None) -> WriterSegment | None:
     """Lock, reserve and fill in a new object; None when a sweep took it before it was locked."""
     try:
         if not memory.is_tmpfs(fd):
@@ -166,7 +185,7 @@ def _prepare(name: str, fd: int, layout: Layout) -> WriterSegment | None:
             os.ftruncate(fd, layout.total)
         _reserve(fd, 0, layout.columns_offset, "the control pages of a ring")
         with _no_space(f"mapping {memory.human(layout.total)}"):
-            segment = WriterSegment(name, layout, fd, lock)
+            segment = WriterSegment(name, layout, fd, lock, watch)
     except BlockingIOError:
         os.close(fd)
         return None
@@ -236,7 +255,7 @@ def _check_header(fd: int) -> Layout:
     return layout
 
 
-def attach(name: str, column: int, challenge: int) -> ReaderSegment:
+def attach(name: str, column: int, challenge: int, watch: Watch | None = None) -> ReaderSegment:
     """Map a segment and take a column's lock, if the header has that challenge for it.
 
     `SegmentMissing`, `LayoutMismatch`, `NoSpace`, or `AdmissionFailed` when the column is taken or
@@ -253,7 +272,7 @@ def attach(name: str, column: int, challenge: int) -> ReaderSegment:
         if not challenge or seen != challenge:
             raise AdmissionFailed(f"column {column} is not offered with this challenge (any more)")
         with _no_space(f"mapping {memory.human(layout.total)}"):
-            return ReaderSegment(name, layout, fd, column, lock)
+            return ReaderSegment(name, layout, fd, column, lock, watch)
     except BaseException:
         if lock is not None:
             lock.release()  # at once: a traceback may keep it alive

@@ -30,6 +30,7 @@ from shm.ledger import Ledger
 from shm.mapping import address_of, lineage
 from shm.placement import Placement
 from shm.record import Holding, Lease, Record, RingStatistics, Trace
+from shm.tenure import Tenure, Watch
 from shm.words import TOTAL_STORE_ORDER, fence
 
 GROWTH_BYTES = 64 << 20
@@ -46,10 +47,11 @@ _PRECEDENCE = (0.05, 1.0)
 class _Loan(weakref.ref[NDArray[np.uint8]]):
     """A weak reference to a loan's view, for `_return` when that is gone: `weakref.finalize`, but faster."""
 
-    __slots__ = ("record", "returned")
+    __slots__ = ("record", "returned", "tenure")
 
     record: Record
     returned: deque[Record]
+    tenure: Tenure  # of the mapping, held by this reference until the view is gone
 
 
 _loans: dict[int, _Loan] = {}
@@ -67,6 +69,7 @@ class RingWriter:
     `share` is the part of the capacity (0 to 1) that one reader may hold or be sent at a time, `growth`
     the bytes of pages that are reserved at a step. `trace`, if given, is called as trace(event, fields)
     at every step that another process can see: reserve, grow, publish, commit, closing, freed, admit.
+    `watch` hears of the mapping of the data, its growth and its end.
     Raises `NoSpace` when /dev/shm or memory is short of the control pages.
     """
 
@@ -79,9 +82,10 @@ class RingWriter:
         share: float = 1.0,
         growth: int = GROWTH_BYTES,
         trace: Trace | None = None,
+        watch: Watch | None = None,
     ) -> None:
         layout = Layout(at.round_up(capacity, at.PAGE), at.round_up(slots, at.SLOT_WORDS), columns)
-        self._segment = segment.create(layout)
+        self._segment = segment.create(layout, watch)
         self._layout = layout
         self.identity = self._segment.identity  # the number by which handles name this segment
         self._first_line = layout.slot_word(0)
@@ -193,6 +197,12 @@ class RingWriter:
                 if not record.count:
                     self._reclaim([record.slot])
 
+    @property
+    def tenure(self) -> Tenure:
+        """Whoever has something else write into `buffer` keeps this meanwhile, should the ring be closed."""
+        self._usable()
+        return self._segment.tenure
+
     # ------------------------------------------------------------------ who counts on a record
 
     def hold(self, records: Iterable[Record], column: int | None = None) -> None:
@@ -218,6 +228,11 @@ class RingWriter:
                 else:
                     self._ledger.land(record, column)
 
+    def lives(self, record: Record) -> bool:
+        """Whether a record is still there, as of the last look: somebody counts on it or may have it open."""
+        with self._lock:
+            return self._ledger.live.get(record.slot) is record
+
     def lend(self, record: Record, *, keep: bool = True) -> NDArray[np.uint8]:
         """A writable view that counts on the record until the last view of it is gone (a loan).
 
@@ -228,7 +243,7 @@ class RingWriter:
             holder = np.frombuffer(self._segment.data, np.uint8, record.nbytes, record.offset)
             self._ledger.lend(record, keep=keep)
             loan = _Loan(holder, _return)
-            loan.record, loan.returned = record, self._ledger.returned
+            loan.record, loan.returned, loan.tenure = record, self._ledger.returned, self._segment.tenure
             _loans[id(loan)] = loan
         return holder
 

@@ -17,20 +17,22 @@ FOLDERS = ("shm", "transport", "engine")  # each may import those before it, thr
 RANKS: dict[str, list[set[str]]] = {
     "shm": [
         {"errors", "layout", "words", "handle", "mapping"},
-        {"extents", "liveness", "memory", "record"},
+        {"extents", "liveness", "memory", "record", "tenure"},
         {"segment", "ledger"},
         {"columns", "look", "placement"},
         {"reader", "writer", "inspect"},
     ],
     "transport": [
-        {"errors"},
-        {"config", "specs"},
-        {"sources"},
+        {"cudart", "errors"},
+        {"config", "registration", "specs"},
+        {"devices"},
+        {"sharing", "sources", "staging"},
         {"tensors"},
         {"codec", "message", "waiting"},
         {"backends.base"},
         {"backends.budget", "assembly", "wire", "registry"},
         {"backends.inline", "backends.frames", "backends.shm", "backends.tcp", "link"},
+        {"backends.cuda"},
         {"backends.auto", "roster"},
         {"sending"},
         {"receiving"},
@@ -53,6 +55,7 @@ RANKS: dict[str, list[set[str]]] = {
 # transport uses shm in one file; who looks at segments, and not at messages, may look at shm itself.
 DOORS_TO_SHM = {
     "transport.backends.shm",
+    "transport.backends.cuda",
     "engine.ps",
     "engine.segments",
     "engine.top",

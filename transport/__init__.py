@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from transport.backends.base import Held
 from transport.config import TransportConfig
+from transport.devices import Piece, copies_from_host, copy_in
 from transport.endpoint import Endpoint, PeerInfo, connect, listen
 from transport.errors import Closed, Full, PeerGone, ProtocolError, Timeout, TooLarge, TransportError
 from transport.receiving import Message
+from transport.registration import Registered, register_rings, registered
+from transport.specs import Bytes
+from transport.staging import Batch, Place, Stage
 from transport.tensors import concat, stack
 
 __all__ = [
+    "Batch",
+    "Bytes",
     "Closed",
     "Endpoint",
     "Full",
@@ -17,13 +23,21 @@ __all__ = [
     "Message",
     "PeerGone",
     "PeerInfo",
+    "Piece",
+    "Place",
     "ProtocolError",
+    "Registered",
+    "Stage",
     "Timeout",
     "TooLarge",
     "TransportConfig",
     "TransportError",
     "concat",
     "connect",
+    "copies_from_host",
+    "copy_in",
     "listen",
+    "register_rings",
+    "registered",
     "stack",
 ]

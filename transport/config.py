@@ -48,6 +48,14 @@ class TransportConfig:
     copy_threads: int = _option(
         0, "threads that copy one tensor of 1 MiB and more; 0: by cores", least=0, most=64
     )
+    cut_through: bool = _option(
+        False, "read tensors while they are being written: for who receives with a stage"
+    )
+    device_pool_bytes: int = _option(
+        256 << 20,
+        "memory on a GPU for tensors to peers on the same GPU; taken when first used",
+        least=1 << 16,
+    )
     insecure: bool = _option(False, "allow tcp addresses off loopback without encryption")
     trace: Trace | None = field(
         default=None, metadata={"help": "called as trace(event, monotonic nanoseconds, fields) at each step"}

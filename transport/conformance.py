@@ -672,7 +672,7 @@ class BackendConformance:
         broken = Broken(both.outbound.limit(both.peer) // 4)
         for _ in range(50):
             with pytest.raises(RuntimeError, match="broken source"):
-                both.outbound.put([broken], [both.peer], timeout=1.0, poll=lambda: None)
+                both.outbound.put([broken], [both.peer], timeout=1.0, poll=lambda: None).fill()
 
     def test_hostile_handles(self, both: Both) -> None:
         chance = random.Random(7)
@@ -736,7 +736,9 @@ class Both:
         self, tensors: Sequence[Any], *, timeout: float, poll: Callable[[], object] = lambda: None
     ) -> Parcel:
         sources = [source for source in map(source_of, tensors) if source is not None]
-        return self.outbound.put(sources, [self.peer], timeout=timeout, poll=poll)
+        parcel = self.outbound.put(sources, [self.peer], timeout=timeout, poll=poll)
+        parcel.fill()
+        return parcel
 
     def send(self, tensors: Sequence[Any]) -> tuple[Parcel, list[Bytes]]:
         parcel = self.put(tensors, timeout=1.0)

@@ -20,6 +20,7 @@ from transport.errors import PeerGone, Timeout
 from transport.exchange import LOOK_AT_LOCKS_EVERY, Exchange
 from transport.message import Refused, Welcome
 from transport.receiving import Message
+from transport.staging import Stage
 from transport.tensors import spec_for, view
 
 _DIAL_NAP = 0.05
@@ -150,7 +151,7 @@ class Endpoint:
         exchange = self._exchange
         exchange.check()
         exchange.pump()
-        with self._exchange.closed_first:
+        with exchange.closed_first:
             exchange.sender.send(body, self._names(to), self.config.timeout if timeout is None else timeout)
 
     def try_send(self, body: object, *, to: str | Sequence[str] | None = None) -> None:
@@ -200,16 +201,24 @@ class Endpoint:
 
     # ------------------------------------------------------------------ receiving
 
-    def receive(self, type: Any = Any, *, timeout: float | None = None, copy: bool = False) -> Message:
+    def receive(
+        self,
+        type: Any = Any,
+        *,
+        timeout: float | None = None,
+        copy: bool = False,
+        stage: Stage | None = None,
+    ) -> Message:
         """The next message; its body decoded as `type` (a Struct, dataclass, dict[str, torch.Tensor] …).
 
-        `copy`: tensors in memory of this process's own, writable. `Timeout` names who was waited for;
-        `PeerGone` when nobody is left who could send; `ProtocolError` for a message that is not what it
+        `copy`: tensors in memory of this process's own, writable. `stage`: brings torch tensors elsewhere as
+        they come (`transport.staging`), and `message.staged` is what it made. `Timeout` names who was waited
+        for; `PeerGone` when nobody is left who could send; `ProtocolError` for a message that is not what it
         must be, which is gone then.
         """
         deadline = self._deadline(timeout)
         while True:
-            message = self._try_receive(type, copy=copy)
+            message = self._try_receive(type, copy=copy, stage=stage)
             if message is not None:
                 return message
             self._check_anybody_there()
@@ -218,16 +227,23 @@ class Endpoint:
                 raise Timeout(self._nothing_came())
             self._exchange.wait(left)
 
-    def try_receive(self, type: Any = Any, *, copy: bool = False) -> Message | None:
+    def try_receive(
+        self, type: Any = Any, *, copy: bool = False, stage: Stage | None = None
+    ) -> Message | None:
         """`receive` that never waits: None when nothing has come."""
-        message = self._try_receive(type, copy=copy)
+        message = self._try_receive(type, copy=copy, stage=stage)
         if message is None:
             self._exchange.acknowledge()
             self._check_anybody_there()
         return message
 
     async def receive_async(
-        self, type: Any = Any, *, timeout: float | None = None, copy: bool = False
+        self,
+        type: Any = Any,
+        *,
+        timeout: float | None = None,
+        copy: bool = False,
+        stage: Stage | None = None,
     ) -> Message:
         """`receive` for an event loop; a message is taken only when it is returned."""
         deadline = self._deadline(timeout)
@@ -238,7 +254,7 @@ class Endpoint:
         try:
             while True:
                 came.clear()
-                message = self.try_receive(type, copy=copy)
+                message = self.try_receive(type, copy=copy, stage=stage)
                 if message is not None:
                     return message
                 left = deadline - time.monotonic()
@@ -302,15 +318,15 @@ class Endpoint:
 
     # ------------------------------------------------------------------ small things
 
-    def _try_receive(self, type_: Any, *, copy: bool) -> Message | None:
+    def _try_receive(self, type_: Any, *, copy: bool, stage: Stage | None) -> Message | None:
         exchange = self._exchange
         exchange.check()
         receiver = exchange.receiver
         try:
-            message = receiver.take(type_, copy=copy) if receiver.queue else None
+            message = receiver.take(type_, copy=copy, stage=stage) if receiver.queue else None
             if message is None:
                 exchange.pump(taking=True)
-                message = receiver.take(type_, copy=copy) if receiver.queue else None
+                message = receiver.take(type_, copy=copy, stage=stage) if receiver.queue else None
         finally:
             exchange.wake_if_left()
         return message

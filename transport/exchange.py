@@ -177,9 +177,10 @@ class Exchange:
         except ProtocolError:
             self._drop("not a message")
             return
-        if isinstance(message, Hello):
+        kind = type(message)
+        if kind is Hello:
             self._greet(arrived.route, message)
-        elif isinstance(message, Welcome | Refused):
+        elif kind is Welcome or kind is Refused:
             self._answered(arrived.route, message)
         else:
             link = self.roster.at(arrived.route)

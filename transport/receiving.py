@@ -7,6 +7,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+
 from transport import codec
 from transport.assembly import Assembly
 from transport.backends.base import Bytes, Inbound
@@ -15,8 +18,11 @@ from transport.errors import PeerGone, ProtocolError, Timeout
 from transport.link import Link
 from transport.message import Abandon, Data, Numbered, Part, Reference
 from transport.sending import PARTS
-from transport.tensors import Source, source_of, view
+from transport.specs import shaped_on_device
+from transport.staging import Batch, Stage, finished
+from transport.tensors import Source, Tensor, source_of, view
 
+_ELSEWHERE: Bytes = np.empty(0, np.uint8)  # for a tensor of which nothing is open here
 _Waiting = tuple[Link, Numbered, Sequence[Bytes]]
 
 
@@ -26,9 +32,20 @@ class Message:
     body: what was sent. sender: the peer's name. number: counted by the sender from 1, for this link.
     Tensors in shared memory are read-only: numpy refuses to write; an in-place operation of torch (or a
     write through `tensor.numpy()`) ends this process with SIGSEGV. Use `receive(copy=True)` or `.clone()`.
+    staged: what the stage given to `receive` made for this message, else None.
     """
 
-    __slots__ = ("_inbounds", "_tensors", "arrays", "body", "encoded", "number", "references", "sender")
+    __slots__ = (
+        "_inbounds",
+        "_tensors",
+        "arrays",
+        "body",
+        "encoded",
+        "number",
+        "references",
+        "sender",
+        "staged",
+    )
 
     def __init__(
         self,
@@ -38,8 +55,10 @@ class Message:
         arrays: list[Bytes],
         tensors: list[Any],
         inbounds: Mapping[str, Inbound],
+        staged: Batch | None = None,
     ) -> None:
         self.body = body
+        self.staged = staged
         self.sender = sender
         self.number = data.number
         self.encoded = data.body
@@ -72,6 +91,7 @@ class Receiver:
         self._config = config
         self.inbounds = inbounds
         self._finish = finish
+        self._on_device = {name for name, inbound in inbounds.items() if inbound.on_device}
         self.queue: deque[_Waiting] = deque()
         self._assemblies: dict[int, Assembly | None] = {}
         self._receiving = threading.Lock()
@@ -92,8 +112,8 @@ class Receiver:
 
     # ------------------------------------------------------------------ taking
 
-    def take(self, type_: Any, *, copy: bool) -> Message | None:
-        """The next message, opened and decoded; None when there is none.
+    def take(self, type_: Any, *, copy: bool, stage: Stage | None = None) -> Message | None:
+        """The next message, opened and decoded; None when there is none. `stage`: where its tensors go.
 
         `ProtocolError` and `PeerGone` for a message that cannot be opened, which is gone then;
         `Timeout` for one that can be opened later.
@@ -102,12 +122,19 @@ class Receiver:
             while self.queue:
                 link, message, frames = self.queue[0]
                 if isinstance(message, Data):
-                    return self._take_data(link, message, frames, type_, copy=copy)
-                self._take_other(link, message, frames)
+                    return self._take_data(link, message, frames, type_, copy=copy, stage=stage)
+                self._take_other(link, message, frames, stage)
         return None
 
     def _take_data(
-        self, link: Link, data: Data, frames: Sequence[Bytes], type_: Any, *, copy: bool
+        self,
+        link: Link,
+        data: Data,
+        frames: Sequence[Bytes],
+        type_: Any,
+        *,
+        copy: bool,
+        stage: Stage | None,
     ) -> Message:
         references = data.tensors
         arrays: list[Bytes] = []
@@ -116,7 +143,12 @@ class Receiver:
         self._config.emit("receive.opening", peer=link.peer.name, number=data.number)
         try:
             sizes = self._check_sizes(references)
+            batch = self._batch(link, references, stage)
             for reference, nbytes in zip(references, sizes, strict=True):
+                if (batch is not None or reference.backend in self._on_device) and reference.spec.is_torch:
+                    tensors.append(self._bring(link, reference, nbytes, frames, batch))
+                    arrays.append(_ELSEWHERE)
+                    continue
                 array = self._open(link, reference, nbytes, frames)
                 arrays.append(array.copy() if copy else array)
                 tensors.append(view(arrays[-1], reference.spec))
@@ -140,7 +172,8 @@ class Receiver:
         for reference, nbytes in zip(references, sizes, strict=True):
             self.counts[f"bytes {reference.backend}"] += nbytes
         # Of a copy nothing is open here, so that its handles cannot be handed on.
-        return Message(link.peer.name, data, body, arrays, tensors, {} if copy else self.inbounds)
+        inbounds = {} if copy or batch is not None else self.inbounds
+        return Message(link.peer.name, data, body, arrays, tensors, inbounds, batch)
 
     def _check_sizes(self, references: Sequence[Reference]) -> list[int]:
         """The bytes of each tensor, whose dtype and shape are checked with that."""
@@ -162,8 +195,41 @@ class Receiver:
             assembly = self._assemblies.get(link.peer.link)
             if assembly is None:
                 raise ProtocolError("its parts did not all come")
-            return assembly.finished(codec.decode(bytes(reference.handle), (), int), nbytes)
+            array: Bytes = assembly.finished(_index(reference), nbytes).tensor.cpu().numpy()
+            return array
         return self._inbound(reference.backend).open(link.peer, bytes(reference.handle), nbytes, frames)
+
+    def _batch(self, link: Link, references: Sequence[Reference], stage: Stage | None) -> Batch | None:
+        """Where the tensors of a message go: where its parts went already, if it has any."""
+        if self._assemblies and any(reference.backend == PARTS for reference in references):
+            assembly = self._assemblies.get(link.peer.link)
+            if assembly is not None and assembly.batch is not None:
+                return assembly.batch
+        return None if stage is None else stage.batch()
+
+    def _bring(
+        self, link: Link, reference: Reference, nbytes: int, frames: Sequence[Bytes], batch: Batch | None
+    ) -> Tensor:
+        """A tensor elsewhere, on a device for one; its bytes may be on their way when this returns."""
+        if batch is None:
+            inbound = self._inbound(reference.backend)
+            flat = inbound.open_on_device(link.peer, bytes(reference.handle), nbytes)
+            return shaped_on_device(flat, reference.spec)
+        assembly = self._assemblies.get(link.peer.link)
+        if reference.backend == PARTS and assembly is not None and assembly.batch is batch:
+            return finished(assembly.finished(_index(reference), nbytes), reference.spec)
+        try:
+            place = batch.place(nbytes)
+        except torch.OutOfMemoryError as error:
+            raise ProtocolError(f"there is no memory for a tensor of {nbytes} bytes: {error}") from error
+        if reference.backend == PARTS:
+            place.write(0, self._open(link, reference, nbytes, frames))
+        else:
+            handle, inbound = bytes(reference.handle), self._inbound(reference.backend)
+            for start, array in inbound.follow(link.peer, handle, nbytes, frames):
+                place.write(start, array)
+                del array  # should the next one fail, the traceback keeps this frame, but no record
+        return finished(place, reference.spec)
 
     def _inbound(self, name: str) -> Inbound:
         inbound = self.inbounds.get(name)
@@ -171,10 +237,12 @@ class Receiver:
             raise ProtocolError(f"this endpoint does not read the backend {name!r}")
         return inbound
 
-    def _take_other(self, link: Link, message: Numbered, frames: Sequence[Bytes]) -> None:
+    def _take_other(
+        self, link: Link, message: Numbered, frames: Sequence[Bytes], stage: Stage | None
+    ) -> None:
         try:
             if isinstance(message, Part):
-                self._take_part(link, message, frames)
+                self._take_part(link, message, frames, stage)
             elif isinstance(message, Abandon):
                 self._assemblies.pop(link.peer.link, None)
         except Timeout:
@@ -185,17 +253,22 @@ class Receiver:
         self._taken(link, message.number, 0)
         link.acknowledge()  # the sender waits for it
 
-    def _take_part(self, link: Link, part: Part, frames: Sequence[Bytes]) -> None:
+    def _take_part(self, link: Link, part: Part, frames: Sequence[Bytes], stage: Stage | None) -> None:
         if part.sizes:
-            self._assemblies[link.peer.link] = Assembly(part.sizes, self._config)
+            batch = None if stage is None else stage.batch()
+            self._assemblies[link.peer.link] = Assembly(part.sizes, self._config, batch)
         assembly = self._assemblies.get(link.peer.link)
         if assembly is None:
             raise ProtocolError("a part of no message")
         for piece in part.pieces:
-            array = self._inbound(piece.backend).open(link.peer, bytes(piece.handle), piece.nbytes, frames)
-            assembly.place(piece)[:] = array
+            assembly.check(piece)
+            inbound = self._inbound(piece.backend)
+            for start, array in inbound.follow(link.peer, bytes(piece.handle), piece.nbytes, frames):
+                assembly.write(piece, start, array)
+                del array  # as in `_bring`
+            assembly.came(piece)
             self._config.emit("receive.part", peer=link.peer.name, number=part.number)
-            self.counts[f"bytes {piece.backend}"] += array.nbytes
+            self.counts[f"bytes {piece.backend}"] += piece.nbytes
         self.counts["parts"] += 1
 
     def _taken(self, link: Link, number: int, nbytes: int) -> None:
@@ -219,3 +292,9 @@ class Receiver:
             self._assemblies.clear()
             for inbound in self.inbounds.values():
                 inbound.close()
+
+
+def _index(reference: Reference) -> int:
+    """Which tensor of a message in parts it is."""
+    index: int = codec.decode(bytes(reference.handle), (), int)
+    return index

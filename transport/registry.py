@@ -59,11 +59,14 @@ def load(name: str) -> Backend:
 def inbounds(config: TransportConfig) -> dict[str, Inbound]:
     """What an endpoint with this configuration reads: always our own, and the backend it names."""
     wanted = dict.fromkeys((*_ALWAYS_READ, config.backend))
-    return {
+    found = {
         name: backend.inbound(config)
         for name, backend in ((name, load(name)) for name in wanted)
         if backend.inbound is not None
     }
+    # What stands for memory on a GPU are records of the ring.
+    on_gpu = import_module("transport.backends.cuda").CudaInbound(config, found["shm"])
+    return {**found, on_gpu.name: on_gpu}
 
 
 def _foreign() -> list[EntryPoint]:

@@ -241,10 +241,12 @@ class Sender:
             except BaseException as error:
                 release()
                 if not isinstance(error, TransportError):
+                    parcel.abandon()
                     raise
                 failed[link.peer.name] = detached(error)
             else:
                 sent.append(link)
+        parcel.fill()
         return sent
 
     def _post(
@@ -410,6 +412,12 @@ class _HandedOn(Parcel):
     def release(self, reader: Peer) -> None:
         self._views.clear()
         self._parcel.release(reader)
+
+    def fill(self) -> None:
+        self._parcel.fill()
+
+    def abandon(self) -> None:
+        self._parcel.abandon()
 
 
 def _total(sources: Sequence[Source]) -> int:

@@ -14,12 +14,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from .devices import copy_out, flat_bytes, queued, to_host
 from .specs import Bytes, Tensor, TensorSpec, Window, is_aligned, shaped
 
 Progress: TypeAlias = Callable[[int], None]
 
 PARALLEL_PIECE = 1 << 20  # of less, handing it to a thread costs more than copying it
-PROGRESS_PIECE = 16 << 20
+PROGRESS_PIECE = 4 << 20
 RANGE_PIECE = 1 << 20
 _PAGE = 4096
 
@@ -54,7 +55,7 @@ class Source:
         threads: how many copy at the same time, 1 MiB or more each. Strided torch tensors are the exception:
         torch splits those over threads of its own (`torch.set_num_threads`). When this returns or raises,
         no thread writes any more. progress: called in this thread with the number of bytes complete from
-        the start, growing up to nbytes, every 16 MiB at most. ValueError: a destination of another form.
+        the start, growing up to nbytes, every 4 MiB at most. ValueError: a destination of another form.
         """
         _check_destination(destination, self.nbytes)
         if not self._suits(destination):
@@ -181,6 +182,41 @@ class _Flat(Source):
         return True  # bytes go anywhere
 
 
+class DeviceSource(Source):
+    """Bytes that lie in C order in a GPU's memory, behind whatever was queued for them when this was made."""
+
+    __slots__ = ("_after",)
+
+    def __init__(self, spec: TensorSpec, nbytes: int, tensor: torch.Tensor, after: torch.cuda.Event) -> None:
+        super().__init__(spec, nbytes, tensor)
+        self._after = after
+
+    @property
+    def device(self) -> int:
+        """The number of the GPU."""
+        return int(self.tensor.device.index)
+
+    def copy_out(self, address: int) -> None:
+        """Copy all bytes to an address on the same GPU; complete on return."""
+        copy_out(address, self.tensor, self._after)
+
+    def _write(self, destination: Bytes) -> None:
+        to_host(destination, self.tensor, self._after)
+
+    def _write_range(self, destination: Bytes, start: int, stop: int) -> None:
+        if start < stop:
+            to_host(destination, flat_bytes(self.tensor)[start:stop], self._after)
+
+    def _pieces(self, limit: int) -> Iterator[Source]:
+        flat = flat_bytes(self.tensor)
+        for start in range(0, self.nbytes, limit):
+            part = flat[start : start + limit]
+            yield DeviceSource(TensorSpec("|u1", tuple(part.shape)), part.nbytes, part, self._after)
+
+    def _suits(self, destination: Bytes) -> bool:  # noqa: ARG002  # the base class needs it
+        return True  # bytes go anywhere
+
+
 class _Strided(Source):
     """Anything else: strides, negative strides, conjugates, another device; torch or numpy copies it."""
 
@@ -245,6 +281,10 @@ def source_over(tensor: Tensor, dtype: str) -> Source:
     if isinstance(tensor, np.ndarray):
         return (_Flat if tensor.flags.c_contiguous else _Strided)(spec, tensor.nbytes, tensor)
     nbytes = tensor.numel() * tensor.itemsize
+    if tensor.is_cuda:
+        # What is not contiguous becomes so on the device, which is faster at it, in the producer's stream.
+        whole = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        return DeviceSource(spec, nbytes, whole, queued(whole))
     if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_conj() or tensor.is_neg():
         return _Strided(spec, nbytes, tensor.detach())
     return _Flat(spec, nbytes, tensor)

@@ -89,6 +89,11 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
     shape: tuple[int, ...]
 
     @property
+    def is_torch(self) -> bool:
+        """Whether it is torch's tensor, not numpy's array."""
+        return self.dtype.startswith("torch.")
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the elements in C order, exact at any size. ProtocolError: unknown dtype."""
         return _dtype_of(self.dtype).itemsize * math.prod(self.shape)
@@ -170,6 +175,14 @@ def shaped(buffer: Bytes, spec: TensorSpec) -> Tensor:
         return np.ndarray(spec.shape, dtype, buffer=buffer)
     read_only = not buffer.flags.writeable
     return np.asarray(Window(buffer.ctypes.data, spec.shape, spec.dtype, owner=buffer, read_only=read_only))
+
+
+def shaped_on_device(flat: torch.Tensor, spec: TensorSpec) -> Tensor:
+    """The tensor whose bytes are `flat`, uint8 [spec.nbytes] on any device; as an array, where it is one."""
+    dtype = _dtype_of(spec.dtype)
+    if isinstance(dtype, torch.dtype):
+        return flat.view(dtype).view(spec.shape) if flat.numel() else flat.new_empty(spec.shape, dtype=dtype)
+    return shaped(flat.cpu().numpy(), spec)
 
 
 def is_aligned(tensor: Tensor) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from transport.backends.base import Bytes, Held, Load, Outbound, Parcel, Peer, Poll, Proof, Refusal
 from transport.backends.budget import Budget
+from transport.backends.cuda import CudaOutbound
 from transport.backends.frames import FramesOutbound
 from transport.backends.inline import InlineOutbound
 from transport.backends.shm import ShmOutbound
@@ -61,6 +62,14 @@ class AutoParcel(Parcel):
             if reader in readers:
                 parcel.release(reader)
 
+    def fill(self) -> None:
+        for parcel, _, _ in self._parts:  # of which one at most has something left
+            parcel.fill()
+
+    def abandon(self) -> None:
+        for parcel, _, _ in self._parts:
+            parcel.abandon()
+
 
 class AutoOutbound(Outbound):
     """Chooses among inline, shm and frames. One budget serves all that goes outside the ring."""
@@ -73,6 +82,7 @@ class AutoOutbound(Outbound):
         self.budget = Budget(config.detour_bytes)
         self._inline = InlineOutbound(config, self.budget)
         self.shm = ShmOutbound(config)
+        self._cuda = CudaOutbound(self.shm)
         self._frames = FramesOutbound(config, self.budget)
         self._detours: Counter[str] = Counter()
         self._detour_bytes: Counter[str] = Counter()
@@ -114,13 +124,35 @@ class AutoOutbound(Outbound):
         parcel = AutoParcel(len(sources))
         self._put_part(parcel, self._inline, sources, small, readers, deadline, poll)
         try:
+            large = self._put_on_device(parcel, sources, large, readers, deadline, poll)
             if large:
                 self._put_large(parcel, sources, large, readers, deadline, poll)
         except BaseException:
+            parcel.abandon()
             for reader in readers:
                 parcel.release(reader)
             raise
         return parcel.alone()
+
+    def _put_on_device(
+        self,
+        parcel: AutoParcel,
+        sources: Sequence[Source],
+        large: list[int],
+        readers: Sequence[Peer],
+        deadline: float,
+        poll: Poll,
+    ) -> list[int]:
+        """Leave on the GPU what all readers can read there; the others."""
+        there = [index for index in large if self._cuda.takes(sources[index], readers)]
+        if there:
+            try:
+                self._put_part(parcel, self._cuda, sources, there, readers, deadline, poll)
+            except Full:
+                self._count_detour("GPU pool full", sum(sources[index].nbytes for index in there))
+            else:
+                return [index for index in large if index not in there]
+        return large
 
     def _put_large(
         self,
@@ -169,7 +201,7 @@ class AutoOutbound(Outbound):
     def _put_part(
         self,
         parcel: AutoParcel,
-        outbound: Outbound,
+        outbound: Outbound | CudaOutbound,
         sources: Sequence[Source],
         indices: list[int],
         readers: Sequence[Peer],
@@ -224,6 +256,7 @@ class AutoOutbound(Outbound):
                     for reason, n in self._detours.items()
                 },
                 "shm": self.shm.statistics(),
+                "cuda": self._cuda.statistics(),
             }
 
     def close(self) -> None:

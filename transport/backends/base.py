@@ -9,14 +9,16 @@ is the suite that tells whether it is right.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from transport.config import TransportConfig
+from transport.devices import Piece
 from transport.errors import TransportError
 
 if TYPE_CHECKING:
@@ -78,6 +80,17 @@ class Parcel(ABC):
     @abstractmethod
     def release(self, reader: Peer) -> None:
         """The reader took the message, or never will. Called once for each reader."""
+
+    def fill(self) -> None:
+        """Write what `put` left until the message was posted, where all readers follow (`Inbound.follow`).
+
+        Raises what reading the sources raises; what the readers follow is given up then.
+        """
+        return
+
+    def abandon(self) -> None:
+        """In place of `fill`: nothing will be written any more."""
+        return
 
 
 class NoParcel(Parcel):
@@ -164,6 +177,8 @@ class Inbound(ABC):
     """
 
     name: str
+    on_device = False
+    """Whether what it opens is on a GPU: `open_on_device` is called then, where a torch tensor is wanted."""
 
     def __init__(self, config: TransportConfig) -> None:
         self.config = config
@@ -183,6 +198,19 @@ class Inbound(ABC):
         Handles are hostile input: `ProtocolError` for anything wrong, `PeerGone` for a record whose
         owner is gone, `Timeout` when it is worth trying again.
         """
+
+    def open_on_device(self, peer: Peer, handle: bytes, nbytes: int) -> torch.Tensor:
+        """As `open`: uint8 [nbytes] on a GPU, complete for what is queued on the current stream later."""
+        raise NotImplementedError
+
+    def follow(
+        self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]
+    ) -> Iterator[tuple[int, Bytes | Piece]]:
+        """As `open`, but in pieces (start, bytes), for who takes them elsewhere: maybe before all are there.
+
+        The pieces follow each other; each is complete and keeps the record. Errors as `open`, at any piece.
+        """
+        yield 0, self.open(peer, handle, nbytes, frames)
 
     def alive(self, peer: Peer) -> bool | None:
         """Whether the peer's process lives, where the backend can tell; slow is not dead."""

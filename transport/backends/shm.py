@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import msgspec
 
 import shm
+from transport import registration
 from transport.backends.base import (
     Bytes,
     Held,
@@ -25,6 +29,7 @@ from transport.backends.base import (
 )
 from transport.config import TransportConfig
 from transport.errors import Full, PeerGone, ProtocolError, Timeout, TooLarge
+from transport.sharing import Exporter, Importer
 from transport.tensors import Source
 from transport.waiting import attempts
 
@@ -45,11 +50,21 @@ class _Offer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     name: str
     column: int
     challenge: int
+    device: bytes = b""  # what to read on the GPU that this process uses; see `transport.sharing`
+
+
+class _Proof(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Beside the challenge in the column: whether records are read early, and what was read on the GPU."""
+
+    follows: bool = False
+    device: bytes = b""
 
 
 _handles = msgspec.msgpack.Decoder(_Handle)
 _offers = msgspec.msgpack.Decoder(_Offer)
+_proofs = msgspec.msgpack.Decoder(_Proof)
 _encode = msgspec.msgpack.Encoder().encode
+_WORTH_FOLLOWING = 1 << 20  # bytes; less is copied before the peer has woken up
 _NO_BYTES = ("inline", _encode(b""))  # a record needs at least one byte
 
 
@@ -64,11 +79,67 @@ class ShmParcel(Parcel):
         self._load = load
         self._columns = columns
 
+    @property
+    def records(self) -> Sequence[shm.Record]:
+        """The records, in the order of the tensors."""
+        return self._records
+
     def load(self, reader: Peer) -> Load:
         return self._load
 
     def release(self, reader: Peer) -> None:
         self._writer.drop(self._records, self._columns[reader])
+
+
+class _Unfilled(ShmParcel):
+    """Records that are published, and filled only when the readers have been told, who follow the copy."""
+
+    def __init__(
+        self,
+        writer: shm.RingWriter,
+        records: list[shm.Record],
+        load: Load,
+        columns: dict[Peer, int],
+        *,
+        left: Sequence[tuple[Source, shm.Record]],
+        threads: int,
+    ) -> None:
+        super().__init__(writer, records, load, columns)
+        self._left = left
+        self._threads = threads
+        self._waiting = set(columns)  # who has not let go
+        self._given_up: set[int] = set()  # slots
+        self._lock = threading.Lock()
+
+    def fill(self) -> None:
+        try:
+            for source, record in self._left:
+                if not self._waiting:  # nobody was told, or nobody is left
+                    break
+                source.fill(
+                    self._writer.buffer(record),
+                    threads=self._threads,
+                    progress=partial(self._writer.progress, record),
+                )
+            else:
+                self._writer.commit([record for _, record in self._left])
+                return
+        except BaseException:
+            self.abandon()
+            raise
+        self.abandon()
+
+    def abandon(self) -> None:
+        records = [record for _, record in self._left]
+        with self._lock:
+            self._given_up = {record.slot for record in records}
+            self._writer.abort(records)
+
+    def release(self, reader: Peer) -> None:
+        with self._lock:
+            self._waiting.discard(reader)
+            records = [record for record in self._records if record.slot not in self._given_up]
+            self._writer.drop(records, self._columns[reader])
 
 
 class ShmOutbound(Outbound):
@@ -84,6 +155,9 @@ class ShmOutbound(Outbound):
         self._offered: dict[Peer, shm.Offer] = {}
         self._columns: dict[Peer, int] = {}
         self._refused: dict[Peer, str] = {}
+        self._followers: set[Peer] = set()  # who reads records while they are being filled
+        self._same_device: dict[Peer, int] = {}  # who sees the same GPU
+        self.exporter = Exporter(config.device_pool_bytes)
         self._tensors = self._nbytes = 0
         self._threads = config.threads
 
@@ -97,7 +171,9 @@ class ShmOutbound(Outbound):
             with self._admitting:
                 if peer not in self._offered:
                     self._offered[peer] = self.ring().offer()
-                return _encode(_Offer(*self._offered[peer]))
+                challenge = self.exporter.challenge()
+                device = challenge.offer if challenge else b""
+                return _encode(_Offer(*self._offered[peer], device))
         except (shm.RingFull, shm.NoSpace) as error:
             self._refused[peer] = str(error)
             raise Full(str(error), failed={peer.name: str(error)}) from error
@@ -112,13 +188,23 @@ class ShmOutbound(Outbound):
             self._refused[peer] = answer.reason
             return answer.reason
         try:
+            proof = _proofs.decode(answer.data) if answer.data else _Proof()
             writer.admit(offer, peer.name, peer.pid)
-        except shm.AdmissionFailed as error:
+        except (msgspec.DecodeError, shm.AdmissionFailed) as error:
             writer.withdraw(offer)
             self._refused[peer] = str(error)
             return str(error)
         self._columns[peer] = offer.column
+        if proof.follows:
+            self._followers.add(peer)
+        challenge = self.exporter.challenge() if proof.device else None
+        if challenge is not None and secrets.compare_digest(proof.device, challenge.answer):
+            self._same_device[peer] = challenge.device
         return ""
+
+    def device_of(self, peer: Peer) -> int | None:
+        """The GPU of this process on which the peer can read what is shared with it."""
+        return self._same_device.get(peer)
 
     def admitted(self, peer: Peer) -> bool:
         """Whether the peer proved that it maps the ring."""
@@ -147,6 +233,8 @@ class ShmOutbound(Outbound):
         if offer is not None:
             self.ring().withdraw(offer)
         self._refused.pop(peer, None)
+        self._followers.discard(peer)
+        self._same_device.pop(peer, None)
         if self._columns.pop(peer, None) is not None and self._writer is not None:
             self._writer.reap()
 
@@ -165,6 +253,7 @@ class ShmOutbound(Outbound):
                     columns=config.max_readers,
                     share=config.peer_share,
                     trace=_trace(config),
+                    watch=registration.rings.watch,
                 )
             return self._writer
 
@@ -195,20 +284,40 @@ class ShmOutbound(Outbound):
         if lent:
             self._await_share(writer, lent, columns, timeout, poll)
         reserved = self._reserve(writer, fresh, columns, timeout, poll) if fresh else []
+        followed = self._worth_following(fresh, columns)
         try:
-            for source, record in zip(fresh, reserved, strict=True):
-                source.fill(writer.buffer(record), threads=self._threads)
+            self._fill(writer, fresh, reserved, followed=followed)
         except BaseException:
             writer.abort(reserved)
             raise
-        writer.commit(reserved)
         if lent:
             for column in columns.values():
                 writer.hold(lent, column)
             writer.commit(lent, keep=True)
         self._tensors += len(sources)
         self._nbytes += nbytes
-        return ShmParcel(writer, reserved + lent, self._load(sources, loans, reserved), columns)
+        records, load = reserved + lent, self._load(sources, loans, reserved)
+        if not followed:
+            return ShmParcel(writer, records, load, columns)
+        left = list(zip(fresh, reserved, strict=True))
+        return _Unfilled(writer, records, load, columns, left=left, threads=self._threads)
+
+    def _fill(
+        self, writer: shm.RingWriter, sources: Sequence[Source], records: list[shm.Record], *, followed: bool
+    ) -> None:
+        """Write and commit the records; those that are followed are published only."""
+        if followed:
+            for record in records:
+                writer.publish(record)
+            return
+        _tenure = writer.tenure  # kept while a device may write there, should another thread close the ring
+        for source, record in zip(sources, records, strict=True):
+            source.fill(writer.buffer(record), threads=self._threads)
+        writer.commit(records)
+
+    def _worth_following(self, sources: Sequence[Source], columns: Mapping[Peer, int]) -> bool:
+        large = any(source.nbytes >= _WORTH_FOLLOWING for source in sources)
+        return large and bool(columns) and self._followers.issuperset(columns)
 
     def _columns_of(self, readers: Sequence[Peer]) -> dict[Peer, int]:
         """The columns of readers that proved to map the ring; `Full` names the others."""
@@ -279,6 +388,7 @@ class ShmOutbound(Outbound):
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+        self.exporter.close()
 
 
 class ShmInbound(Inbound):
@@ -291,22 +401,27 @@ class ShmInbound(Inbound):
         self._proved: dict[Peer, shm.RingReader] = {}  # not admitted yet
         self._readers: dict[int, shm.RingReader] = {}
         self._identities: dict[Peer, int] = {}
+        self.importer = Importer()
 
     def accept(self, peer: Peer, offer: bytes, own_name: str) -> Proof | Refusal:
         older = self._proved.pop(peer, None)
         if older is not None:  # a peer that offers again and again must not fill this process with mappings
             older.close()
         try:
+            offered = _offers.decode(offer)
             self._proved[peer] = shm.RingReader(
-                shm.Offer(*msgspec.structs.astuple(_offers.decode(offer))),
+                shm.Offer(offered.name, offered.column, offered.challenge),
                 own_name,
                 trace=_trace(self.config),
+                watch=registration.rings.watch,
             )
         except (msgspec.DecodeError, UnicodeDecodeError):
             return Refusal("the offer is not one")
         except (shm.ShmError, OSError) as error:
             return Refusal(str(error))
-        return Proof(b"")
+        return Proof(
+            _encode(_Proof(self.config.cut_through, self.importer.answer(peer.link, offered.device)))
+        )
 
     def settle(self, peer: Peer, reason: str) -> None:
         reader = self._proved.pop(peer, None)
@@ -325,27 +440,42 @@ class ShmInbound(Inbound):
         self._identities[peer] = reader.identity
 
     def open(self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]) -> Bytes:
-        try:
-            where = _handles.decode(handle)
-        except msgspec.DecodeError as error:
-            raise ProtocolError(f"a ring handle is not one: {error}") from error
+        reader, record, start = self._find(peer, handle, nbytes)
+        with _opening(peer, reader):
+            view = reader.open(record)
+        return view if nbytes == record.nbytes else view[start : start + nbytes]
+
+    def follow(
+        self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]
+    ) -> Iterator[tuple[int, Bytes]]:
+        reader, record, start = self._find(peer, handle, nbytes)
+        with _opening(peer, reader):
+            view = reader.open(record, early=True)
+        done = start
+        while done < start + nbytes:
+            try:
+                with _opening(peer, reader):
+                    filled = min(reader.wait_filled(record, done + 1), start + nbytes)
+            except BaseException:
+                del view  # the traceback keeps this frame, which must not keep the record
+                raise
+            yield done - start, view[done:filled]
+            done = filled
+
+    def open_record(self, peer: Peer, handle: bytes) -> Bytes:
+        """All bytes of what a handle names, however many they are; otherwise as `open`."""
+        return self.open(peer, handle, _decoded(handle).length, ())
+
+    def _find(self, peer: Peer, handle: bytes, nbytes: int) -> tuple[shm.RingReader, shm.Handle, int]:
+        """Where a tensor is: whose ring, which record, and the tensor's first byte in it."""
+        where = _decoded(handle)
         if where.length != nbytes or not 0 <= where.start <= where.nbytes - nbytes:
             raise ProtocolError(f"{nbytes} bytes at {where.start} of a record of {where.nbytes}")
         reader = self._readers.get(where.segment)
         if reader is None:
             raise PeerGone(f"the ring of {peer.name}'s tensor is not mapped here (any more)")
         record = shm.Handle(where.segment, where.slot, where.generation, where.offset, where.nbytes)
-        try:
-            view = reader.open(record)
-        except shm.StaleHandle as error:
-            if _writer_alive(reader):
-                raise ProtocolError(f"a stale handle from {peer.name}: {error}") from error
-            raise PeerGone(f"the writer of {peer.name}'s tensor died: {error}") from error
-        except shm.Stalled as error:
-            raise Timeout(f"{peer.name}: {error}") from error
-        except shm.RingClosed as error:
-            raise PeerGone(f"the ring of {peer.name}'s tensor is not mapped here any more") from error
-        return view if nbytes == where.nbytes else view[where.start : where.start + nbytes]
+        return reader, record, where.start
 
     def alive(self, peer: Peer) -> bool | None:
         """Whether the writer of the peer's ring lives; None when no ring of it is mapped here."""
@@ -369,6 +499,28 @@ class ShmInbound(Inbound):
     def close(self) -> None:
         for peer in {*self._proved, *self._identities}:
             self.drop(peer)
+
+
+def _decoded(handle: bytes) -> _Handle:
+    try:
+        return _handles.decode(handle)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"a ring handle is not one: {error}") from error
+
+
+@contextmanager
+def _opening(peer: Peer, reader: shm.RingReader) -> Iterator[None]:
+    """What opening a record of `peer` raises, as the transport's own errors."""
+    try:
+        yield
+    except shm.StaleHandle as error:
+        if _writer_alive(reader):
+            raise ProtocolError(f"a stale handle from {peer.name}: {error}") from error
+        raise PeerGone(f"the writer of {peer.name}'s tensor died: {error}") from error
+    except shm.Stalled as error:
+        raise Timeout(f"{peer.name}: {error}") from error
+    except shm.RingClosed as error:
+        raise PeerGone(f"the ring of {peer.name}'s tensor is not mapped here any more") from error
 
 
 def _writer_alive(reader: shm.RingReader) -> bool:
