@@ -243,7 +243,7 @@ def _largest_gap(lines: Sequence[_Line], capacity: int) -> int:
     """The largest part of the data that no record of the slot table takes, in bytes."""
     largest = end = 0
     for line in sorted(lines, key=lambda line: line.offset):
-        largest = max(largest, line.offset - end)
+        largest = max(largest, min(line.offset, capacity) - end)  # what a planted line says may be anywhere
         end = max(end, at.round_up(line.offset + line.nbytes, at.LINE))
     return max(largest, capacity - end)
 
