@@ -198,7 +198,7 @@ def test_a_reader_follows_the_growth() -> None:
 
 
 def test_a_mark_beyond_what_is_there_takes_no_pages() -> None:
-    """A reader touches ahead what the writer reserved, and reserves nothing itself, whatever the mark says."""
+    """A reader touches ahead what the writer reserved, and takes nothing itself, whatever the mark says."""
     writer = RingWriter(64 << 20, slots=64, columns=1, growth=1 << 20)
     reader = attach(writer)
     record = send(writer, 600_000)
