@@ -232,7 +232,10 @@ def test_a_record_says_what_each_reader_does_with_it() -> None:
         assert 0 <= opened.seconds <= info.age
         one, other = describe(writer.name).readers
         assert (one.opened, one.nbytes, one.pending) == (1, 5000, 0)
+        assert (one.pending_nbytes, one.pending_oldest) == (0, None)
         assert (other.opened, other.nbytes, other.pending, other.oldest) == (0, 0, 1, None)
+        assert other.pending_nbytes == 5000
+        assert other.pending_oldest == pytest.approx(info.age, abs=WAIT)
         assert describe(writer.name).oldest == pytest.approx(opened.seconds, abs=WAIT)
         del view
         assert states(writer.name, record)["reader"] == "released"
