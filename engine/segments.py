@@ -53,7 +53,8 @@ def _owners(names: Sequence[str], segments: Sequence[shm.SegmentInfo]) -> Table:
 
 
 def _readers(names: Sequence[str], segments: Sequence[shm.SegmentInfo]) -> Table:
-    table = _table("segment", "reader", right=("pid", "open", "size", "oldest", "not opened"))
+    right = ("pid", "open", "size", "oldest", "not\nopened", "size", "oldest")
+    table = _table("segment", "reader", right=right)
     for name, info in zip(names, segments, strict=True):
         for reader in info.readers:
             figures = (
@@ -61,6 +62,8 @@ def _readers(names: Sequence[str], segments: Sequence[shm.SegmentInfo]) -> Table
                 shm.human(reader.nbytes),
                 _seconds(reader.oldest),
                 str(reader.pending),
+                shm.human(reader.pending_nbytes),
+                _seconds(reader.pending_oldest),
             )
             table.add_row(name, escape(reader.name), str(reader.pid), *figures)
     return table

@@ -93,7 +93,7 @@ def _unusable(name: str) -> SegmentInfo:
     try:
         fd = posix_ipc.SharedMemory("/" + name).fd
     except (posix_ipc.Error, OSError) as error:
-        raise SegmentMissing(f"{name} is gone") from error
+        raise SegmentMissing(f"{name} is gone, or not this user's to open") from error
     try:
         return SegmentInfo(name, is_held(fd, WRITER), 0, os.fstat(fd).st_blocks * 512)
     finally:

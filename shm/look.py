@@ -24,7 +24,8 @@ _READ_AGAIN = 8  # how often a line that changes is read; what changes for longe
 class ReaderInfo:
     """A living reader: `opened` records of `nbytes` bytes, the `oldest` for that many seconds (None: none).
 
-    `pending`: records that were sent to it and that it has not opened so far.
+    `pending`: records that were sent to it and that it has not opened so far, of `pending_nbytes` bytes,
+    the `pending_oldest` published for that many seconds (None: none).
     """
 
     name: str
@@ -33,6 +34,8 @@ class ReaderInfo:
     nbytes: int
     oldest: float | None
     pending: int
+    pending_nbytes: int
+    pending_oldest: float | None
 
     def __str__(self) -> str:
         return f"{self.name} (pid {self.pid})"
@@ -163,20 +166,22 @@ class Look:
             if state:
                 seconds = self._since(line, column) if state == "open" else 0.0
                 readers.append(RecordReader(column.name, column.pid, state, seconds))
-        age = max(0, self._now - line.published) / 1e9
         place = line.slot, line.generation, line.offset, line.nbytes, line.filled
-        return RecordInfo(*place, age, tuple(readers))
+        return RecordInfo(*place, self._age(line), tuple(readers))
 
     def _reader(self, column: _Column, lines: Sequence[_Line]) -> ReaderInfo:
         states = [(line, self._state(line, column)) for line in lines]
         opened = [line for line, state in states if state == "open"]
+        pending = [line for line, state in states if state == "not opened"]
         return ReaderInfo(
             name=column.name,
             pid=column.pid,
             opened=len(opened),
             nbytes=sum(line.nbytes for line in opened),
             oldest=max((self._since(line, column) for line in opened), default=None),
-            pending=sum(state == "not opened" for _, state in states),
+            pending=len(pending),
+            pending_nbytes=sum(line.nbytes for line in pending),
+            pending_oldest=max(map(self._age, pending), default=None),
         )
 
     def _state(self, line: _Line, column: _Column) -> str:
@@ -189,6 +194,10 @@ class Look:
         if not column.held:
             return "gone"
         return "released" if column.opened[line.slot] >= line.published else "not opened"
+
+    def _age(self, line: _Line) -> float:
+        """Seconds since a record was published."""
+        return max(0, self._now - line.published) / 1e9
 
     def _since(self, line: _Line, column: _Column) -> float:
         """Seconds that a record has been open; the reader says when, a little after it is."""
@@ -243,7 +252,7 @@ def _largest_gap(lines: Sequence[_Line], capacity: int) -> int:
     """The largest part of the data that no record of the slot table takes, in bytes."""
     largest = end = 0
     for line in sorted(lines, key=lambda line: line.offset):
-        largest = max(largest, line.offset - end)
+        largest = max(largest, min(line.offset, capacity) - end)  # what a planted line says may be anywhere
         end = max(end, at.round_up(line.offset + line.nbytes, at.LINE))
     return max(largest, capacity - end)
 

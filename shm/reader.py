@@ -276,7 +276,8 @@ class RingReader:
     def _populate_ahead(self) -> None:
         """Map the pages that the writer reserved since the last time, in the background."""
         start, end = self._populated, min(self._header[at.H_MARK], self._capacity)
-        if end <= start:
+        # A mark that says more than there is would have us take the pages that nobody reserved.
+        if end <= start or end > self._segment.reserved():
             return
         self._populated = end
         self._segment.tenure.grown(end)

@@ -76,6 +76,10 @@ class Segment:
         """Whether the name is still there (systemd's RemoveIPC, an operator or a sweep may take it)."""
         return os.fstat(self.fd).st_nlink > 0
 
+    def reserved(self) -> int:
+        """Bytes of pages that the whole object has taken."""
+        return os.fstat(self.fd).st_blocks * 512
+
     def close(self) -> None:
         """Close the descriptor and let the mappings go, each with its last user. Twice does no harm."""
         if self._closer.alive:

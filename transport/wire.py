@@ -4,6 +4,9 @@ One ROUTER for each address listened on, one DEALER for each connection made. A 
 for two threads at a time, so every operation is non-blocking under one lock that nobody waits under.
 zmq.FD is edge-triggered, and any operation on the socket may swallow the edge. So `fileno` is an epoll
 descriptor over all zmq.FDs and one eventfd, which stays readable while there is something left to do.
+
+A forked child inherits the connections, and would keep them open when its parent is killed: the peers would
+not hear of it, and the address would stay taken. So a child closes them first of all.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import select
 import socket as sockets
 import stat
 import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -55,6 +59,12 @@ class Arrived(NamedTuple):
     frames: list[Bytes]
 
 
+_Name = tuple[
+    bool, object
+]  # whether it is one's own or the other side's, and a path, a port, or host and port
+_wires: weakref.WeakSet[Wire] = weakref.WeakSet()  # a child closes what it inherits of them
+
+
 class Unreachable(Exception):
     """The connection is not there any more."""
 
@@ -84,6 +94,7 @@ class Wire:
         self._routers: set[int] = set()
         self._descriptors: dict[int, tuple[int, int]] = {}  # zmq.FD of each socket and of its monitor
         self._closed = False
+        _wires.add(self)
 
     # ------------------------------------------------------------------ addresses
 
@@ -131,6 +142,10 @@ class Wire:
     def address(self, number: int) -> str:
         """The address of a socket."""
         return self._addresses.get(number, "")
+
+    def names(self) -> set[_Name]:
+        """Where these sockets listen and what they are connected with, as the kernel names it."""
+        return {_name(address, number in self._routers) for number, address in self._addresses.items()}
 
     def _socket(self, kind: zmq.SocketType) -> zmq.Socket[bytes]:
         """A socket with its limits, which zmq takes over at bind and connect and not later."""
@@ -366,3 +381,47 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+# ------------------------------------------------------------------------------------ forks
+
+
+def _in_child() -> None:
+    """Close the inherited connections and listening sockets, told from others by their names."""
+    ours: set[_Name] = set().union(*(wire.names() for wire in list(_wires)))
+    _wires.clear()
+    for entry in os.listdir("/proc/self/fd") if ours else ():
+        if ours & _names_of(int(entry)):
+            os.close(int(entry))
+
+
+def _names_of(descriptor: int) -> set[_Name]:
+    """What a socket is bound to and connected with; nothing for what is no socket of these kinds."""
+    names: set[_Name] = set()
+    try:
+        socket = sockets.socket(fileno=descriptor)
+    except OSError:
+        return names
+    try:
+        for is_own, ask in ((True, socket.getsockname), (False, socket.getpeername)):
+            with suppress(OSError):  # not connected
+                name = ask()
+                if isinstance(name, str) and name:
+                    names.add((is_own, os.path.realpath(name)))
+                elif isinstance(name, tuple) and socket.family in (sockets.AF_INET, sockets.AF_INET6):
+                    names.add((is_own, name[1] if is_own else name[:2]))
+    finally:
+        socket.detach()
+    return names
+
+
+def _name(address: str, is_own: bool) -> _Name:
+    """The same of an address; of one's own on tcp the port, since hosts may be bound as all of them."""
+    scheme, _, rest = address.partition("://")
+    if scheme == "ipc":
+        return is_own, os.path.realpath(rest)
+    host, _, port = rest.rpartition(":")
+    return is_own, int(port) if is_own else (host.strip("[]"), int(port))
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -8,6 +8,7 @@ import mmap
 import os
 import resource
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -362,10 +363,11 @@ def lasting_program() -> int:
 CHILDREN = {"fork": lasting_fork, "fork from C": lasting_c_fork, "a program": lasting_program}
 
 
-def answer_with_child(address: str, name: str, note: Path, kind: str) -> None:
+def answer_with_child(address: str, name: str, note: Path, kind: str, backend: str = "shm") -> None:
     """As `answer`, but everything is kept, and from the second message on there is a child."""
     held = []
-    with transport.connect(address, name=name, config=config(), timeout=WAIT) as endpoint:
+    settings = config(backend=backend)
+    with transport.connect(address, name=name, config=settings, timeout=WAIT) as endpoint:
         while True:
             try:
                 message = endpoint.receive(timeout=WAIT)
@@ -397,6 +399,67 @@ def test_a_process_whose_child_lives_on(kind: str) -> None:
             finally:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("address", ["ipc", "tcp"])
+@pytest.mark.parametrize("kind", ["fork", "a program"])
+def test_without_a_lock_a_child_keeps_no_connection(kind: str, address: str) -> None:
+    """No ring, so no lock to ask: that the connection ends tells of the death, though there is a child."""
+    settings = config(backend="frames")
+    with folder() as path, adopting():
+        where = Stage(path).address("front") if address == "ipc" else "tcp://127.0.0.1:0"
+        with transport.listen(where, config=settings) as front:
+            arguments = front.addresses[0], "peer", path / "child", kind, "frames"
+            with running(answer_with_child, *arguments) as peer:
+                front.wait_for_peers({"peer"}, timeout=WAIT)
+                assert ask(front, "peer", 1)
+                assert ask(front, "peer", 2)
+                assert ask(front, "peer", 3)  # the parent's connection is whole
+                child = int((path / "child").read_text())
+                try:
+                    peer.kill()
+                    until(lambda: "peer" in front.statistics()["left"], "the dead is named")
+                    os.kill(child, 0)  # it lives
+                finally:
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+
+
+def listen_with_child(address: str, note: Path) -> None:
+    """A listener that has a child and then waits to be killed."""
+    with transport.listen(address, config=config()) as endpoint:
+        endpoint.wait_for_peers({"peer"}, timeout=WAIT)
+        note.write_text(str(lasting_fork()))
+        endpoint.receive(timeout=WAIT)
+
+
+@pytest.mark.parametrize("scheme", ["ipc", "tcp"])
+def test_the_address_of_a_listener_whose_child_lives_on(scheme: str) -> None:
+    """Its successor listens there at once: the child has closed the socket."""
+    with folder() as path, adopting():
+        address = Stage(path).address("front") if scheme == "ipc" else f"tcp://127.0.0.1:{free_port()}"
+        with (
+            running(listen_with_child, address, path / "child") as listener,
+            transport.connect(address, name="peer", config=config(), timeout=WAIT) as peer,
+        ):
+            until(lambda: (path / "child").exists() and (path / "child").read_text(), "there is a child")
+            child = int((path / "child").read_text())
+            try:
+                listener.kill()
+                with pytest.raises(PeerGone):
+                    peer.receive(timeout=WAIT)
+                with transport.listen(address, config=config()) as successor:
+                    assert successor.addresses == [address]
+                os.kill(child, 0)  # it lives
+            finally:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def test_a_forked_child_killed_takes_nothing_along() -> None:

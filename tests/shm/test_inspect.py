@@ -29,7 +29,7 @@ from shm import (
     sweep,
     try_lock,
 )
-from shm.layout import CLOSING, H_STARTED, LINE, S_FILLED, S_NBYTES, WORD, Layout
+from shm.layout import CLOSING, H_STARTED, LINE, S_FILLED, S_NBYTES, S_OFFSET, WORD, Layout
 from shm.liveness import LivenessLock
 from tests.shm.rings import ROOT, attach, ring, send
 
@@ -232,7 +232,10 @@ def test_a_record_says_what_each_reader_does_with_it() -> None:
         assert 0 <= opened.seconds <= info.age
         one, other = describe(writer.name).readers
         assert (one.opened, one.nbytes, one.pending) == (1, 5000, 0)
+        assert (one.pending_nbytes, one.pending_oldest) == (0, None)
         assert (other.opened, other.nbytes, other.pending, other.oldest) == (0, 0, 1, None)
+        assert other.pending_nbytes == 5000
+        assert other.pending_oldest == pytest.approx(info.age, abs=WAIT)
         assert describe(writer.name).oldest == pytest.approx(opened.seconds, abs=WAIT)
         del view
         assert states(writer.name, record)["reader"] == "released"
@@ -275,6 +278,15 @@ def test_the_largest_free_block_is_the_largest_gap() -> None:
         assert [info.slot for info in records(writer.name)] == [r.slot for r in (one, three, four)]
         send(writer, 99)  # a line is 64 bytes, so that 128 are taken
         assert describe(writer.name).largest_free == (100 << 10) - 128 == writer.statistics().largest_free
+
+
+def test_a_line_that_lies_outside_the_data_makes_no_block_larger() -> None:
+    with ring(1 << 20) as (writer, _):
+        record = send(writer, 64 << 10)
+        for offset in (1 << 20, 1 << 63):
+            writer._header[record.line + S_OFFSET] = offset
+            assert describe(writer.name).largest_free == 1 << 20
+        writer._header[record.line + S_OFFSET] = record.offset
 
 
 def test_the_owner_is_named_while_it_lives() -> None:

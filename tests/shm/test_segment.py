@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from shm import LayoutMismatch, NoSpace, Offer, RingReader, RingWriter, SegmentM
 from shm import layout as at
 from shm.inspect import describe
 from shm.segment import open_checked
-from tests.shm.rings import attach, ring, run_python
+from tests.shm.rings import attach, ring, run_python, send
 
 SHM = Path("/dev/shm")
 
@@ -192,6 +193,24 @@ def test_a_reader_follows_the_growth() -> None:
         held.append(reader.open(record.handle))
     assert [int(view[-1]) for view in held] == list(range(20))
     held.clear()
+    reader.close()
+    writer.close()
+
+
+def test_a_mark_beyond_what_is_there_takes_no_pages() -> None:
+    """A reader touches ahead what the writer reserved, and takes nothing itself, whatever the mark says."""
+    writer = RingWriter(64 << 20, slots=64, columns=1, growth=1 << 20)
+    reader = attach(writer)
+    record = send(writer, 600_000)
+    writer._placement.close()  # the step ahead
+    blocks = os.stat(SHM / writer.name).st_blocks
+    writer._header[at.H_MARK] = 64 << 20
+    view = reader.open(record.handle)
+    for thread in threading.enumerate():
+        if thread.name == "tensorferry-populate":
+            thread.join()
+    assert os.stat(SHM / writer.name).st_blocks == blocks
+    del view
     reader.close()
     writer.close()
 

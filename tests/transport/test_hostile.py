@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -245,6 +246,19 @@ def test_a_bad_tensor_costs_its_message_and_nothing_else(
         assert "message 1 from 'raw'" in str(caught.value)
         assert front.receive().body == {"n": 2}
         assert front.statistics()["received"]["refused"] == 1
+
+
+def test_a_shape_of_a_million_dimensions_costs_no_minutes(address: str) -> None:
+    """Its size, a product of as many numbers, is not asked for before it is refused."""
+    config = dataclasses.replace(CONFIG, max_control_bytes=16 << 20)
+    with transport.listen(address, config=config) as front, stranger(front) as raw:
+        raw.hello()
+        shape = TensorSpec("|u1", (1 << 62,) * 1_500_000)
+        raw.say(raw.data(1, None, wire_types.Reference(shape, "inline", msgspec.Raw(b"\xc4\x00"))))
+        raw.say(raw.data(2, {"n": 2}))
+        with pytest.raises(transport.ProtocolError, match="1500000 dimensions"):
+            front.receive()
+        assert front.receive().body == {"n": 2}
 
 
 def test_parts_that_do_not_fit(front: transport.Endpoint) -> None:

@@ -1,0 +1,142 @@
+"""The living are left alone from other pid namespaces and by other users; the dead go by their user."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+import shm
+from shm.liveness import is_held
+from tests.crash.harness import WAIT, pattern, until
+from tests.shm.rings import ROOT, ring, send
+
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare (util-linux)"
+)
+_NOBODY = 65534
+_NAMESPACE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+_AS_NOBODY = f"os.setgroups([]); os.setgid({_NOBODY}); os.setuid({_NOBODY})"
+
+# Makes a ring, after a sweep as every start does it, says its name, and lives until it is told.
+START = """
+import os, sys
+from shm import RingWriter, sweep
+{before}
+sweep()
+writer = RingWriter(1 << 20, slots=64, columns=2)
+writer.reserve([5000])
+print(writer.name, flush=True)
+sys.stdin.read()
+writer.close()
+"""
+
+# One look from elsewhere at the segment that is named, and a sweep.
+LOOK = """
+import os, sys
+from shm import Offer, RingReader, ShmError, describe, sweep
+{before}
+name = sys.argv[1]
+for call in (lambda: describe(name).alive, lambda: RingReader(Offer(name, 0, 1), "reader")):
+    try:
+        print(call())
+    except ShmError as error:
+        print(type(error).__name__)
+print(*sweep())
+"""
+
+
+@contextmanager
+def elsewhere(before: str = "", prefix: Sequence[str] = ()) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A process with a ring; its segment's name. It ends by itself when it is told nothing else."""
+    command = [*prefix, sys.executable, "-c", START.format(before=before)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip(), process
+
+
+def look(name: str, before: str = "", prefix: Sequence[str] = ()) -> list[str]:
+    """What there is to see from elsewhere: whether it lives, why attaching failed, what a sweep removed."""
+    command = [*prefix, sys.executable, "-c", LOOK.format(before=before), name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def dead(before: str = "", prefix: Sequence[str] = ()) -> str:
+    """The name of a segment whose writer was killed."""
+    with elsewhere(before, prefix) as (name, process):
+        process.kill()
+    until(lambda: not _held(name), "the lock of the dead is free")
+    return name
+
+
+def there(name: str) -> bool:
+    return (shm.DIRECTORY / name).exists()
+
+
+def _held(name: str) -> bool:
+    """Whether somebody's lock is on it, whoever's it is; as root."""
+    fd = os.open(shm.DIRECTORY / name, os.O_RDWR)
+    try:
+        return is_held(fd, 0)
+    finally:
+        os.close(fd)
+
+
+@needs_root
+def test_another_pid_namespace_sees_who_lives() -> None:
+    """Pids mean something else there, locks the same: sweeps and starts on either side spare the living."""
+    with ring() as (writer, reader):
+        view = reader.open(send(writer, 5000).handle)
+        left = dead()
+        assert look(writer.name, prefix=_NAMESPACE) == ["True", "AdmissionFailed", left]
+        with elsewhere(prefix=_NAMESPACE) as (name, process):
+            assert shm.describe(name).alive
+            assert shm.describe(name).pid < 10  # as it is called over there
+            assert there(writer.name)
+            assert shm.sweep() == []
+            assert there(name)
+            process.kill()
+        until(lambda: not _held(name), "the lock of the dead is free")
+        assert shm.sweep() == [name]
+        left = dead(prefix=_NAMESPACE)
+        with elsewhere() as (name, process):  # a start here
+            assert not there(left)
+            process.communicate(timeout=WAIT)
+        assert not there(name)
+        assert np.array_equal(view, pattern(1, 5000))
+        assert writer.reader_alive(0)
+
+
+@needs_root
+def test_another_user_touches_nothing_of_ours() -> None:
+    """Neither the living nor the dead of a user are another's to remove, to describe or to attach to."""
+    with ring() as (writer, reader):
+        view = reader.open(send(writer, 5000).handle)
+        ours = dead()
+        assert look(writer.name, _AS_NOBODY) == ["SegmentMissing", "LayoutMismatch", ""]
+        with elsewhere(_AS_NOBODY) as (name, process):
+            assert name.startswith(f"tensorferry.{_NOBODY}.")
+            assert there(writer.name)
+            assert there(ours)
+            assert name not in shm.names()
+            assert shm.sweep() == [ours]
+            assert there(name)
+            process.kill()
+        theirs = name
+        until(lambda: not _held(theirs), "the lock of the dead is free")
+        assert shm.sweep() == []
+        assert look(theirs)[1] == "LayoutMismatch"
+        assert look(writer.name, _AS_NOBODY)[2] == theirs
+        assert not there(theirs)
+        assert there(writer.name)
+        assert np.array_equal(view, pattern(1, 5000))

@@ -1,0 +1,1 @@
+"""Fuzzing: what a stranger can send or plant, driven by hypothesis and, for coverage, by atheris."""
