@@ -37,7 +37,7 @@ _STOP_TIMEOUT = 0.5
 
 
 class Engine:
-    """N data-parallel ranks, each a process of this host with its own copy of the model.
+    """N data-parallel ranks, each with its own copy of the model, in one process or divided among several.
 
         with Engine(EngineConfig(data_parallel_size=2)) as engine:
             for result in engine.encode(["a.jpg", "b.jpg"]):
@@ -221,10 +221,11 @@ class Engine:
         self._closed = True
         try:
             self._final = self._statistics()
-            for peer in self._dispatcher.status():
-                if not peer.error:
+            for rank in self._dispatcher.status():
+                if not rank.error:
                     with suppress(transport.TransportError):
-                        self._front.send(Stop(), to=peer.name, timeout=_STOP_TIMEOUT)
+                        workers = [worker.name for worker in rank.workers]
+                        self._front.send(Stop(), to=workers, timeout=_STOP_TIMEOUT)
         finally:
             self._ranks.stop()
             self._stack.close()

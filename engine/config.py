@@ -48,6 +48,12 @@ class EngineConfig(Settings):
         short="-dp",
         help="Number of data-parallel ranks, each with its own copy of the model.",
     )
+    tensor_parallel_size: int = option(
+        1,
+        minimum=1,
+        short="-tp",
+        help="Number of workers that share the model of one rank; each has a GPU of its own.",
+    )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto",
         help="Where the model runs; auto takes CUDA where there is one.",

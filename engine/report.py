@@ -43,8 +43,13 @@ def _ranks(ranks: Sequence[RankStatus]) -> Table:
         table.add_column(name, no_wrap=True, justify="right" if name in ("pid", "requests") else "left")
     table.add_column("backend, and why")
     for rank in ranks:
-        backend = Text(rank.error, style="red") if rank.error else Text(_brief(rank.backend))
-        table.add_row(rank.name, str(rank.pid), rank.device, str(rank.requests), backend)
+        for worker in rank.workers:
+            answers = worker is rank.workers[0]
+            backend = Text(_brief(worker.backend))
+            if rank.error:
+                backend = Text(rank.error if answers else "", style="red")
+            requests = str(rank.requests) if answers else ""
+            table.add_row(worker.name, str(worker.pid), worker.device, requests, backend)
     return table
 
 

@@ -64,17 +64,41 @@ class InOrder:
 
 
 @dataclass(frozen=True)
-class RankStatus:
-    """One rank. backend: how tensors reach it, and why so; error: why it is gone, "" while it lives."""
+class WorkerStatus:
+    """One process of a rank. backend: how tensors reach it, and why so; "" when it is gone."""
 
     name: str
     pid: int
     address: str
     device: str
     backend: str
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """One rank, its first worker being the one that answers. error: why it is gone, "" while it lives."""
+
+    name: str
+    workers: tuple[WorkerStatus, ...]
     requests: int
     outstanding: int
     error: str = ""
+
+    @property
+    def pid(self) -> int:
+        return self.workers[0].pid
+
+    @property
+    def address(self) -> str:
+        return self.workers[0].address
+
+    @property
+    def device(self) -> str:
+        return self.workers[0].device
+
+    @property
+    def backend(self) -> str:
+        return self.workers[0].backend
 
 
 @dataclass(frozen=True)

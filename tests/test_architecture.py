@@ -39,10 +39,10 @@ RANKS: dict[str, list[set[str]]] = {
         {"conformance"},
     ],
     "engine": [
-        {"console", "errors", "images", "options", "segments", "signals"},
+        {"console", "errors", "images", "options", "parallel", "segments", "signals"},
         {"config", "loading", "model", "ps", "results", "staging", "sweep", "top"},
-        {"doctor", "launch", "output", "protocol", "report"},
-        {"job", "worker"},
+        {"doctor", "output", "protocol", "report"},
+        {"job", "launch", "worker"},
         {"dispatch"},
         {"client"},
         {"cli"},
