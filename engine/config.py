@@ -60,7 +60,17 @@ class EngineConfig(Settings):
     )
     model: str = option(
         "builtin",
-        help="The built-in encoder, or package.module:Class.",
+        help="The built-in encoder, package.module:Class, or a folder with a Hugging Face model.",
+    )
+    generate: str | None = option(
+        None,
+        help="Have a generating model from a folder write about every image, asked this.",
+    )
+    max_tokens: int = option(
+        64,
+        minimum=1,
+        unit="tokens",
+        help="How much it may write.",
     )
     seed: int = option(
         0,

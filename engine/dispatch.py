@@ -173,7 +173,8 @@ class Dispatcher:
         rank.requests += 1
         self.requests += 1
         self.hops.append(reply.hop_ns)
-        job.settle(reply.embeddings, {place: f"{rank}: {why}" for place, why in reply.errors.items()})
+        errors = {place: f"{rank}: {why}" for place, why in reply.errors.items()}
+        job.settle(reply.embeddings, errors, reply.texts)
 
     def _send_waiting(self) -> None:
         while self._again:

@@ -180,7 +180,8 @@ def _environment() -> dict[str, str]:
     """Ours, and our search path: what can be imported here, `--model` for one, can be there."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     # TENSORFERRY_* has gone into the configuration file already.
-    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    # A model comes from its folder: nobody is to look for a newer one elsewhere.
+    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def _signal_name(number: int) -> str:

@@ -9,7 +9,7 @@ import difflib
 import importlib
 import inspect
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Final, Protocol, cast
 
@@ -37,6 +37,8 @@ class Batch:
     is a list, not one long tensor, because each tensor is a view into the ring of the process that sent it:
     joining them would copy them all. They are read-only; writing into one ends the process with SIGSEGV.
     `grid_thw` is int64 `[images, 3]`, on the CPU: the number of patches in time, height and width.
+    `more` is empty, but for a model with an image processor of its own: it holds what that made beside
+    pixel_values, a dict for each image, and the shapes are then that processor's.
 
     Raises:
         ValueError: the two don't fit each other.
@@ -44,8 +46,11 @@ class Batch:
 
     pixel_values: list[torch.Tensor]
     grid_thw: torch.Tensor
+    more: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.more:
+            return
         grid = self.grid_thw
         if grid.dtype != torch.int64 or tuple(grid.shape) != (len(self.pixel_values), 3):
             raise ValueError(
@@ -63,9 +68,13 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """What a forward pass yields: `embeddings`, float32 `[images, dim]`, in the order of the batch."""
+    """What a forward pass yields: `embeddings`, float32 `[images, dim]`, in the order of the batch.
+
+    texts: one for each image, from a model that was asked to write; empty else.
+    """
 
     embeddings: torch.Tensor
+    texts: list[str] = field(default_factory=list)
 
 
 class Model(Protocol):
@@ -276,7 +285,9 @@ def load_model(spec: str) -> Model:
     if spec == "builtin":
         return VisionEncoder()
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", spec):
-        raise ModelError(f"model {spec!r} is neither 'builtin' nor of the form package.module:Class")
+        raise ModelError(
+            f"model {spec!r} is neither 'builtin' nor of the form package.module:Class nor a folder here"
+        )
     module_name, _, class_name = spec.partition(":")
     return _make(spec, _find_class(spec, _import(spec, module_name), class_name))
 

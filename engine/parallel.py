@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr-defined]  # not in its stubs
 
 # What the store says of a worker that is there.
 _HERE = "here/"
@@ -112,13 +113,13 @@ def join(
     # resolves to, which other hosts can reach.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    store = dist.FileStore(str(rendezvous), len(names))
+    store = FileStore(str(rendezvous), len(names))
     _wait_for_all(store, rank, names, patience)
     limit = timedelta(seconds=timeout)
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore("group", store),
+            store=PrefixStore("group", store),
             rank=rank,
             world_size=len(names),
             timeout=limit,
@@ -130,7 +131,7 @@ def join(
     return Parallel(rank, len(names), names, dist.group.WORLD, control)
 
 
-def _wait_for_all(store: dist.Store, rank: int, names: Sequence[str], patience: float) -> None:
+def _wait_for_all(store: Store, rank: int, names: Sequence[str], patience: float) -> None:
     store.set(f"{_HERE}{rank}", str(os.getpid()))
     deadline = time.monotonic() + patience
     while missing := [name for place, name in enumerate(names) if not store.check([f"{_HERE}{place}"])]:

@@ -27,13 +27,15 @@ class Request(msgspec.Struct, tag=True, frozen=True):
     """To a rank, that is to all its workers at once: photographs of one prompt.
 
     pixel_values: float32 `[patches, 1176]` for each; grids: their patches in time, height and width.
-    sent_ns: the monotonic clock, one for all processes of a host, just before the send.
+    sent_ns: the monotonic clock, one for all processes of a host, just before the send. more: for each what
+    a processor of the model's own made beside pixel_values, which then have a shape of its own; empty else.
     """
 
     id: int
     pixel_values: list[torch.Tensor]
     grids: list[tuple[int, int, int]]
     sent_ns: int
+    more: list[dict[str, torch.Tensor]] = []
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):
@@ -43,13 +45,15 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
 class Reply(msgspec.Struct, tag=True, frozen=True):
     """From a rank's first worker: the embedding or the error of each photograph of a request, by its place.
 
-    hop_ns: from the send call of the front end until the tensors were open here.
+    hop_ns: from the send call of the front end until the tensors were open here. texts: where some were
+    asked for.
     """
 
     id: int
     embeddings: dict[int, torch.Tensor]
     errors: dict[int, str]
     hop_ns: int
+    texts: dict[int, str] = {}
 
 
 def transport_config(config: EngineConfig, *, replies: bool = False) -> transport.TransportConfig:

@@ -28,12 +28,14 @@ def _images(names: Sequence[str], results: Sequence[Result]) -> Table:
     table.add_column("shape", no_wrap=True, justify="right")
     table.add_column("norm", no_wrap=True, justify="right")
     table.add_column("rank", no_wrap=True)
+    texts = any(result.text for result in results)
+    if texts:
+        table.add_column("text", overflow="fold")
     for name, result in zip(names, results, strict=True):
+        shape, norm = " × ".join(map(str, result.shape or ())), Text(f"{result.norm or 0:.4f}")
         if result.error:
-            table.add_row(escape(name), "", Text("failed", style="red"), result.rank)
-        else:
-            shape = " × ".join(map(str, result.shape or ()))
-            table.add_row(escape(name), shape, f"{result.norm:.4f}", result.rank)
+            shape, norm = "", Text("failed", style="red")
+        table.add_row(escape(name), shape, norm, result.rank, *([Text(result.text)] if texts else []))
     return table
 
 

@@ -16,23 +16,21 @@ class Result:
     """What became of one image.
 
     index: its place in the input, from 0. embedding: float32 `[dim]`, in memory of its own; None when
-    `error` says why there is none. nbytes: of the patches that were sent. seconds: from sending the request
-    that it was part of until the answer. rank: who answered, or was asked last.
+    `error` says why there is none. shape: of the tensor that was sent, `(patches, 1176)` of the built-in
+    encoder; nbytes: its size. seconds: from sending the request that it was part of until the answer. rank:
+    who answered, or was asked last. text: what a model wrote that was asked to.
     """
 
     index: int
     name: str
     grid: Grid | None = None
+    shape: tuple[int, ...] | None = None
     nbytes: int = 0
     embedding: torch.Tensor | None = None
     seconds: float = 0.0
     rank: str = ""
     error: str = ""
-
-    @property
-    def shape(self) -> tuple[int, int] | None:
-        """Of the patches: `(patches, 1176)`."""
-        return None if self.grid is None else self.grid.shape
+    text: str = ""
 
     @property
     def norm(self) -> float | None:

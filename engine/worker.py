@@ -25,8 +25,9 @@ from typing import NamedTuple
 import torch
 
 import transport
+from engine.catalog import choose_model
 from engine.config import EngineConfig
-from engine.model import Batch, Model, ModelError, load_model, load_part
+from engine.model import Batch, Model, ModelError, Outputs, load_part
 from engine.options import ConfigError
 from engine.parallel import Parallel, ParallelError, join
 from engine.protocol import FRONT, Ready, Reply, Request, Stop, transport_config, worker_names
@@ -103,37 +104,32 @@ class Worker:
     def _answer(self, opened: _Opened) -> Reply:
         request = opened.request
         places = list(range(len(request.pixel_values)))
-        errors: dict[int, str] = {}
+        reply = Reply(request.id, {}, {}, hop_ns=opened.opened_ns - request.sent_ns)
         try:
-            embeddings = self._encode(request, places)
+            self._encode(request, places, reply)
         except ParallelError:
             raise
         except Exception as error:  # noqa: BLE001  # a model may raise anything; the loop goes on
-            embeddings, errors = self._one_by_one(request, error)
-        hop_ns = opened.opened_ns - request.sent_ns
-        return Reply(id=request.id, embeddings=embeddings, errors=errors, hop_ns=hop_ns)
+            self._one_by_one(request, error, reply)
+        return reply
 
-    def _one_by_one(
-        self, request: Request, error: Exception
-    ) -> tuple[dict[int, torch.Tensor], dict[int, str]]:
+    def _one_by_one(self, request: Request, error: Exception, reply: Reply) -> None:
         """The batch failed: find out which photographs are to blame, and answer for the others."""
         if len(request.pixel_values) == 1:
-            return {}, {0: _named(error)}
-        embeddings: dict[int, torch.Tensor] = {}
-        errors: dict[int, str] = {}
+            reply.errors[0] = _named(error)
+            return
         for place in range(len(request.pixel_values)):
             try:
-                embeddings |= self._encode(request, [place])
+                self._encode(request, [place], reply)
             except ParallelError:
                 raise
             except Exception as alone:  # noqa: BLE001  # as above
-                errors[place] = _named(alone)
-        return embeddings, errors
+                reply.errors[place] = _named(alone)
 
-    def _encode(self, request: Request, places: Sequence[int]) -> dict[int, torch.Tensor]:
-        """The embeddings, where all workers came to some: what fails for one has failed for all."""
+    def _encode(self, request: Request, places: Sequence[int], reply: Reply) -> None:
+        """Add the outputs, where all workers came to some: what fails for one has failed for all."""
         try:
-            embeddings = self._forward(request, places)
+            outputs = self._forward(request, places)
         except ParallelError:
             raise
         except Exception:
@@ -141,20 +137,23 @@ class Worker:
             raise
         if failed := self._parallel.agree(request.id, failed=False):
             raise ModelError(f"{', '.join(failed)} could not do its part")
-        return embeddings
+        reply.embeddings.update(zip(places, outputs.embeddings, strict=True))
+        reply.texts.update(zip(places, outputs.texts, strict=False))  # none, where none was asked for
 
-    def _forward(self, request: Request, places: Sequence[int]) -> dict[int, torch.Tensor]:
+    def _forward(self, request: Request, places: Sequence[int]) -> Outputs:
         batch = Batch(
             pixel_values=[stage(request.pixel_values[place], self._device) for place in places],
             grid_thw=torch.tensor([request.grids[place] for place in places], dtype=torch.int64).view(-1, 3),
+            more=[request.more[place] for place in places] if request.more else [],
         )
-        embeddings = self._model.forward(batch).embeddings.detach().cpu()
+        outputs = self._model.forward(batch)
+        embeddings = outputs.embeddings.detach().cpu()
         if embeddings.ndim != 2 or len(embeddings) != len(places):
             raise ModelError(
                 f"the model returned embeddings {list(embeddings.shape)} for {len(places)} images; "
                 f"they must be [{len(places)}, dim]"
             )
-        return dict(zip(places, embeddings, strict=True))
+        return Outputs(embeddings, outputs.texts)
 
 
 def _named(error: Exception) -> str:
@@ -180,7 +179,7 @@ def serve(place: Place, address: str, config: EngineConfig) -> int:
     with transport.connect(address, name=name, config=settings) as endpoint:
         try:
             device = choose_device(config.device, place.gpu)
-            model = load_model(config.model)
+            model = choose_model(config)
             parallel = _join(place, device, config)
             load_part(model, device=device, seed=config.seed, parallel=parallel)
             Worker(endpoint, model, device, parallel).run()

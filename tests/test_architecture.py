@@ -41,7 +41,8 @@ RANKS: dict[str, list[set[str]]] = {
     "engine": [
         {"console", "errors", "images", "options", "parallel", "segments", "signals"},
         {"config", "loading", "model", "ps", "results", "staging", "sweep", "top"},
-        {"doctor", "output", "protocol", "report"},
+        {"doctor", "huggingface", "output", "protocol", "report"},
+        {"catalog"},
         {"job", "launch", "worker"},
         {"dispatch"},
         {"client"},
@@ -68,6 +69,7 @@ LIBRARIES = {
 }
 MORE_LIBRARIES = {
     "engine.doctor": {"zmq"},  # its version, and that of the library in it
+    "engine.huggingface": {"transformers"},
     "shm.columns": {"numpy"},
     "shm.ledger": {"numpy"},
     "shm.reader": {"numpy"},
