@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench import channel, idle, machine, memory, report, ring
+from bench import channel, idle, machine, memory, report, ring, tensor_parallel
 from bench.harness import run
 
 BENCHMARKS = {
@@ -17,6 +17,7 @@ BENCHMARKS = {
     "channel": channel.BENCHMARK,
     "memory": memory.BENCHMARK,
     "idle": idle.BENCHMARK,
+    "tensor-parallel": tensor_parallel.BENCHMARK,
 }
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
