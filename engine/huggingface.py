@@ -158,7 +158,8 @@ class FolderModel:
             features = found.last_hidden_state
         if isinstance(features, tuple | list):  # one for each image
             (features,) = features
-        return features.reshape(-1, features.shape[-1])
+        tokens: torch.Tensor = features.reshape(-1, features.shape[-1])
+        return tokens
 
     # ------------------------------------------------------------------ text
 

@@ -179,6 +179,8 @@ def serve(place: Place, address: str, config: EngineConfig) -> int:
     with transport.connect(address, name=name, config=settings) as endpoint:
         try:
             device = choose_device(config.device, place.gpu)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # for what takes the current one, such as NCCL
             model = choose_model(config)
             parallel = _join(place, device, config)
             load_part(model, device=device, seed=config.seed, parallel=parallel)
@@ -196,8 +198,6 @@ def serve(place: Place, address: str, config: EngineConfig) -> int:
 def _join(place: Place, device: torch.device, config: EngineConfig) -> Parallel:
     if config.tensor_parallel_size == 1:
         return Parallel()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     return join(
         place.worker,
         worker_names(place.rank, config.tensor_parallel_size),

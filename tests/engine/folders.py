@@ -107,7 +107,7 @@ def _tokenizer(folder: Path, template: str) -> dict[str, int]:
             "chat_template": template,
         },
     )
-    return {token: tokenizer.token_to_id(token) for token in SPECIAL}
+    return {token: number for token, number in tokenizer.get_vocab().items() if token in SPECIAL}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

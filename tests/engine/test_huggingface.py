@@ -60,9 +60,12 @@ def processor(folder: Path) -> Any:
 
 
 @pytest.mark.usefixtures("nobody_calls")
-def test_a_generating_model_gives_the_embedding_and_the_words_that_transformers_gives(qwen: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_generating_model_gives_what_transformers_gives(qwen: Path, device: str) -> None:
     paths = sample_photographs()[1:4]
-    settings = config(qwen, generate=PROMPT, max_tokens=6, images_per_prompt=2, megapixels=0.05)
+    settings = config(
+        qwen, device=device, generate=PROMPT, max_tokens=6, images_per_prompt=2, megapixels=0.05
+    )
     with Engine(settings) as engine:
         results = list(engine.encode(paths))
         figures = engine.statistics()
@@ -87,9 +90,13 @@ def test_a_generating_model_gives_the_embedding_and_the_words_that_transformers_
                 **asked, pixel_values=out, **prepared.more, mm_token_type_ids=places, max_new_tokens=6
             )
         assert result.embedding is not None
-        torch.testing.assert_close(result.embedding, features.mean(dim=0), rtol=0, atol=1e-5)
-        words = tokenizer.decode(written[0][asked.input_ids.shape[1] :], skip_special_tokens=True)
-        assert result.text == words.strip() != ""
+        words = tokenizer.decode(written[0][asked.input_ids.shape[1] :], skip_special_tokens=True).strip()
+        assert result.text != ""
+        if device == "cpu":
+            torch.testing.assert_close(result.embedding, features.mean(dim=0), rtol=0, atol=1e-5)
+            assert result.text == words
+        else:  # a convolution in TF32, after which random weights may find another word the most probable
+            torch.testing.assert_close(result.embedding, features.mean(dim=0), rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("size", [(300, 200), (20, 400), (28, 28), (1400, 1399), (57, 43)])

@@ -36,10 +36,11 @@ def of_two(image: Image.Image) -> torch.Tensor:
     return torch.tensor([number for half in halves for number in checksum(half)])
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, two_gpus])])
 def test_two_workers_give_what_one_gives_from_one_copy(device: str) -> None:
-    if device == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
     paths = sample_photographs()[:3]
     alone = VisionEncoder()
     alone.load(device=CPU, seed=3)
@@ -108,7 +109,12 @@ def test_a_worker_that_does_not_come_is_named(tmp_path: Path) -> None:
 def engine() -> Iterator[Engine]:
     """Two ranks of two workers; the last test that uses it ends them all."""
     config = EngineConfig(
-        data_parallel_size=2, tensor_parallel_size=2, images_per_prompt=3, model=DIVIDED, inline_below_kb=0
+        data_parallel_size=2,
+        tensor_parallel_size=2,
+        images_per_prompt=3,
+        model=DIVIDED,
+        device="cpu",
+        inline_below_kb=0,
     )
     with Engine(config) as engine:
         assert not any(result.error for result in engine.encode([picture(0)] * 6))  # the ring is there
@@ -155,7 +161,9 @@ class TestTogether:
 
 
 def test_a_stopped_worker_ends_its_rank_when_the_time_is_over() -> None:
-    config = EngineConfig(tensor_parallel_size=2, images_per_prompt=1, model=DIVIDED, request_timeout=1.5)
+    config = EngineConfig(
+        tensor_parallel_size=2, images_per_prompt=1, model=DIVIDED, device="cpu", request_timeout=1.5
+    )
     with Engine(config) as engine:
         victim = engine.peers[0].workers[1]
         os.kill(victim.pid, signal.SIGSTOP)
@@ -163,3 +171,24 @@ def test_a_stopped_worker_ends_its_rank_when_the_time_is_over() -> None:
             list(engine.encode(picture(number) for number in range(20)))
         with pytest.raises(ProcessLookupError):
             os.kill(victim.pid, 0)
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_a_worker_killed_on_its_gpu_takes_its_rank_along() -> None:
+    """Nothing but SIGKILL ends the sum that the other one is in then."""
+    with Engine(EngineConfig(tensor_parallel_size=2, device="cuda", images_per_prompt=1)) as engine:
+        answering, victim = engine.peers[0].workers
+        assert {answering.device, victim.device} == {"cuda:0", "cuda:1"}
+        os.kill(victim.pid, signal.SIGSTOP)
+
+        def images() -> Iterator[Image.Image]:
+            for number in range(9):
+                if number == 3:
+                    os.kill(victim.pid, signal.SIGKILL)
+                yield picture(number, 280, 280)
+
+        with pytest.raises(NoRankLeft, match=rf"rank0.tp1 \(pid {victim.pid}\), which was killed by SIGKILL"):
+            list(engine.encode(images()))
+        with pytest.raises(ProcessLookupError):
+            os.kill(answering.pid, 0)
