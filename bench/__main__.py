@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench import channel, gpu, idle, machine, memory, report, ring
+from bench import channel, gpu, idle, machine, memory, report, ring, tensor_parallel
 from bench.harness import run
 
 BENCHMARKS = {
@@ -18,6 +18,7 @@ BENCHMARKS = {
     "memory": memory.BENCHMARK,
     "idle": idle.BENCHMARK,
     "gpu": gpu.BENCHMARK,
+    "tensor-parallel": tensor_parallel.BENCHMARK,
 }
 
 _FILE = click.Path(dir_okay=False, path_type=Path)

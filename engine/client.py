@@ -12,13 +12,14 @@ from typing import Any, Self, TypeVar
 import torch
 
 import transport
+from engine.catalog import choose_processor
 from engine.config import EngineConfig
 from engine.dispatch import Dispatcher
 from engine.errors import EngineError, NoRankLeft, StartError
-from engine.images import ROW
 from engine.job import Job, message_bytes, nbytes_of, split
 from engine.launch import Ranks
-from engine.loading import Loader, Photograph, Source
+from engine.loading import Loader, Photograph, Processor, Source
+from engine.model import ModelError
 from engine.protocol import FRONT, Stop, transport_config
 from engine.results import (
     InOrder,
@@ -37,7 +38,7 @@ _STOP_TIMEOUT = 0.5
 
 
 class Engine:
-    """N data-parallel ranks, each a process of this host with its own copy of the model.
+    """N data-parallel ranks, each with its own copy of the model, in one process or divided among several.
 
         with Engine(EngineConfig(data_parallel_size=2)) as engine:
             for result in engine.encode(["a.jpg", "b.jpg"]):
@@ -62,11 +63,12 @@ class Engine:
         self._ranks = Ranks(self.config)
         self._stack = ExitStack()
         try:
-            self._loader = Loader(megapixels=self.config.megapixels, ahead=self.config.images_per_prompt)
-            self._stack.callback(self._loader.close)
             self._front = self._listen()
             self._stack.callback(self._front.close)
             self._ranks.start()
+            # While the ranks load the model: what stands before it may take seconds to import, too.
+            self._loader = Loader(self._processor(), ahead=self.config.images_per_prompt)
+            self._stack.callback(self._loader.close)
             self._dispatcher = Dispatcher(
                 self._front, self._ranks.processes, request_timeout=self.config.request_timeout
             )
@@ -76,6 +78,12 @@ class Engine:
             self._ranks.stop(polite=False)
             self._stack.close()
             raise
+
+    def _processor(self) -> Processor:
+        try:
+            return choose_processor(self.config)
+        except ModelError as error:
+            raise StartError(str(error)) from error
 
     def _listen(self) -> transport.Endpoint:
         try:
@@ -151,7 +159,7 @@ class Engine:
             self._dispatcher.submit(job)
             nbytes = nbytes_of(message)
             self._made += nbytes
-            self._lent += nbytes if self._is_lent(nbytes) else 0
+            self._lent += _made_in_place(message) if self._is_lent(nbytes) else 0
 
     def _capacity(self) -> int:
         """Bytes of the ring, which is smaller than asked for once /dev/shm turned out to be short."""
@@ -159,15 +167,15 @@ class Engine:
         return ring.capacity if ring else self.config.ring_bytes
 
     def _produce(self, message: list[Photograph]) -> list[torch.Tensor]:
-        """The patches of all photographs, written straight into the ring, in one loan.
+        """The tensors of all photographs, written straight into the ring, in one loan.
 
         One loan takes its whole space at once: waiting for space while holding some could go on for ever.
         """
         nbytes = nbytes_of(message)
-        rows = nbytes // (4 * ROW)
+        numbers = nbytes // 4
         if not self._is_lent(nbytes):
-            return self._loader.write(message, torch.empty(rows, ROW))
-        with self._front.loan((rows, ROW), torch.float32, timeout=self.config.request_timeout) as out:
+            return self._loader.write(message, torch.empty(numbers))
+        with self._front.loan((numbers,), torch.float32, timeout=self.config.request_timeout) as out:
             return self._loader.write(message, out)
 
     def _is_lent(self, nbytes: int) -> bool:
@@ -221,10 +229,11 @@ class Engine:
         self._closed = True
         try:
             self._final = self._statistics()
-            for peer in self._dispatcher.status():
-                if not peer.error:
+            for rank in self._dispatcher.status():
+                if not rank.error:
                     with suppress(transport.TransportError):
-                        self._front.send(Stop(), to=peer.name, timeout=_STOP_TIMEOUT)
+                        workers = [worker.name for worker in rank.workers]
+                        self._front.send(Stop(), to=workers, timeout=_STOP_TIMEOUT)
         finally:
             self._ranks.stop()
             self._stack.close()
@@ -240,6 +249,11 @@ class Engine:
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._ranks.processes)} ranks"
         return f"<Engine {self.config.model!r}, {self.config.tensor_transport}, {state}>"
+
+
+def _made_in_place(message: Sequence[Photograph]) -> int:
+    """Bytes that a loan gets from where they are made, and from nowhere else."""
+    return sum(p.prepared.nbytes for p in message if p.prepared is not None and p.prepared.in_place)
 
 
 def _groups(items: Iterator[_T], size: int) -> Iterator[list[_T]]:

@@ -48,13 +48,29 @@ class EngineConfig(Settings):
         short="-dp",
         help="Number of data-parallel ranks, each with its own copy of the model.",
     )
+    tensor_parallel_size: int = option(
+        1,
+        minimum=1,
+        short="-tp",
+        help="Number of workers that share the model of one rank; each has a GPU of its own.",
+    )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto",
         help="Where the model runs; auto takes CUDA where there is one.",
     )
     model: str = option(
         "builtin",
-        help="The built-in encoder, or package.module:Class.",
+        help="The built-in encoder, package.module:Class, or a folder with a Hugging Face model.",
+    )
+    generate: str | None = option(
+        None,
+        help="Have a generating model from a folder write about every image, asked this.",
+    )
+    max_tokens: int = option(
+        64,
+        minimum=1,
+        unit="tokens",
+        help="How much it may write.",
     )
     seed: int = option(
         0,

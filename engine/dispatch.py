@@ -6,9 +6,10 @@ One thread at a time calls it; it works while it is called and needs no thread o
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import transport
@@ -16,7 +17,7 @@ from engine.errors import NoRankLeft, StartError
 from engine.job import OUTSTANDING, Job
 from engine.launch import RankProcess
 from engine.protocol import Ready, Reply
-from engine.results import RankStatus
+from engine.results import RankStatus, WorkerStatus
 
 _log = logging.getLogger("tensorferry.engine")
 
@@ -26,10 +27,20 @@ _REMEMBERED_HOPS = 10_000
 
 
 @dataclass(eq=False)
-class _Rank:
+class _Worker:
     process: RankProcess
     linked: bool = False
     device: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.process.name} (pid {self.process.pid})"
+
+
+@dataclass(eq=False)
+class _Rank:
+    """The workers that get each request together, of which the first answers; they live and end together."""
+
+    workers: list[_Worker]
     gone: str = ""
     requests: int = 0
     outstanding: dict[int, Job] = field(default_factory=dict)
@@ -39,21 +50,36 @@ class _Rank:
         return sum(job.nbytes for job in self.outstanding.values())
 
     @property
+    def names(self) -> list[str]:
+        return [worker.process.name for worker in self.workers]
+
+    @property
+    def ready(self) -> bool:
+        return all(worker.device for worker in self.workers)
+
+    @property
     def free(self) -> bool:
-        return bool(self.device) and not self.gone and len(self.outstanding) < OUTSTANDING
+        return self.ready and not self.gone and len(self.outstanding) < OUTSTANDING
 
     def __str__(self) -> str:
-        return f"{self.process.name} (pid {self.process.pid})"
+        return str(self.workers[0])
 
 
 class Dispatcher:
     """Knows the ranks, what each has outstanding, and which are gone."""
 
     def __init__(
-        self, front: transport.Endpoint, processes: Mapping[str, RankProcess], *, request_timeout: float
+        self,
+        front: transport.Endpoint,
+        processes: Mapping[str, Sequence[RankProcess]],
+        *,
+        request_timeout: float,
     ) -> None:
         self._front = front
-        self._ranks = {name: _Rank(process) for name, process in processes.items()}
+        self._ranks = {name: _Rank([_Worker(one) for one in workers]) for name, workers in processes.items()}
+        self._workers = {
+            worker.process.name: (rank, worker) for rank in self._ranks.values() for worker in rank.workers
+        }
         self._timeout = request_timeout
         self._again: deque[Job] = deque()
         self.hops: deque[int] = deque(maxlen=_REMEMBERED_HOPS)
@@ -63,28 +89,20 @@ class Dispatcher:
     # ------------------------------------------------------------------ start
 
     def wait_until_ready(self, timeout: float) -> None:
-        """Until every rank has loaded its model.
+        """Until every worker of every rank has loaded its model.
 
         Raises:
-            StartError: a rank could not, died before, or is not ready in time.
+            StartError: one could not, died before, or is not ready in time.
         """
         deadline = time.monotonic() + timeout
-        while waiting := [rank for rank in self._ranks.values() if not rank.device]:
+        while waiting := [worker for _, worker in self._workers.values() if not worker.device]:
             if time.monotonic() > deadline:
                 states = "; ".join(
-                    f"{rank} {'is still loading the model' if rank.linked else 'has not connected'}"
-                    for rank in waiting
+                    f"{worker} {'is still loading the model' if worker.linked else 'has not connected'}"
+                    for worker in waiting
                 )
                 raise StartError(f"not ready within {timeout:g} s (startup_timeout): {states}")
             self.progress()
-            for rank in self._ranks.values():
-                if rank.gone:
-                    raise StartError(self._why_not_started(rank))
-
-    def _why_not_started(self, rank: _Rank) -> str:
-        words = rank.process.last_words()
-        said = f"; it wrote: {words}" if words else ""
-        return f"{rank} {rank.gone} before it was ready{said}"
 
     # ------------------------------------------------------------------ work
 
@@ -128,16 +146,24 @@ class Dispatcher:
         except (transport.ProtocolError, transport.PeerGone) as error:
             _log.error("an answer could not be read: %s", error)
             return True
-        rank = self._ranks.get(message.sender)
-        if rank is None:
+        rank, worker = self._workers.get(message.sender, (None, None))
+        if rank is None or worker is None:
             _log.error("%r is none of the ranks; what it sent is ignored", message.sender)
         elif isinstance(message.body, Reply):
             self._answered(rank, message.body)
         elif message.body.error:
-            raise StartError(f"{rank} could not start: {message.body.error}")
+            self._cannot_serve(rank, worker, message.body.error)
         else:
-            rank.device = message.body.device
+            worker.device = message.body.device
         return True
+
+    def _cannot_serve(self, rank: _Rank, worker: _Worker, error: str) -> None:
+        if not rank.ready:
+            raise StartError(f"{worker} could not start: {error}")
+        # It lost another worker, whose death says more, and may be known a moment later only.
+        others = [other for other in rank.workers if other is not worker]
+        if not any(other.process.wait(_FATE_TIMEOUT / len(others)) for other in others):
+            self._lose(rank, worker, f"can't go on: {error}")
 
     def _answered(self, rank: _Rank, reply: Reply) -> None:
         job = rank.outstanding.pop(reply.id, None)
@@ -147,7 +173,8 @@ class Dispatcher:
         rank.requests += 1
         self.requests += 1
         self.hops.append(reply.hop_ns)
-        job.settle(reply.embeddings, {place: f"{rank}: {why}" for place, why in reply.errors.items()})
+        errors = {place: f"{rank}: {why}" for place, why in reply.errors.items()}
+        job.settle(reply.embeddings, errors, reply.texts)
 
     def _send_waiting(self) -> None:
         while self._again:
@@ -162,13 +189,16 @@ class Dispatcher:
 
     def _send(self, job: Job, rank: _Rank) -> bool:
         """Whether the job is done with, sent or failed; False when the rank is gone."""
-        job.rank, job.sent = rank.process.name, time.monotonic()
+        job.rank, job.sent = rank.names[0], time.monotonic()
         try:
             job.prepare()
-            self._front.send(job.request(), to=job.rank, timeout=self._timeout)
+            self._front.send(job.request(), to=rank.names, timeout=self._timeout)
         except transport.TransportError as error:
             self._look_for_gone()
-            if isinstance(error, transport.PeerGone) and rank.gone:
+            if isinstance(error, transport.PeerGone | transport.Full) and error.delivered and not rank.gone:
+                # Some workers would wait in vain for the others, and answer the next request with this one.
+                self._lose(rank, rank.workers[0], f"got a request only in part: {error}")
+            if rank.gone:
                 return False
             job.fail(f"could not be sent to {rank}: {error}")
             return True
@@ -181,32 +211,48 @@ class Dispatcher:
 
     def _look_for_gone(self) -> None:
         linked = {peer.name for peer in self._front.peers}
-        for name, rank in self._ranks.items():
+        for name, (rank, worker) in self._workers.items():
             if name in linked:
-                rank.linked = True
-            elif not rank.gone and (rank.linked or not rank.process.running):
-                self._lose(rank)
+                worker.linked = True
+            elif not rank.gone and (worker.linked or not worker.process.running):
+                self._lose(rank, worker, self._fate(worker))
         if self._ranks and all(rank.gone for rank in self._ranks.values()) and self._had_started():
             self._give_up()
 
     def _had_started(self) -> bool:
-        return any(rank.device for rank in self._ranks.values())
+        return any(rank.ready for rank in self._ranks.values())
 
-    def _lose(self, rank: _Rank) -> None:
+    def _fate(self, worker: _Worker) -> str:
         # The connection ends a moment before the process can be asked how it ended.
-        rank.process.wait(_FATE_TIMEOUT)
-        name = rank.process.name
-        rank.gone = rank.process.fate() or self._front.statistics()["left"].get(name, "is gone")
+        worker.process.wait(_FATE_TIMEOUT)
+        left = self._front.statistics()["left"].get(worker.process.name, "is gone")
+        return worker.process.fate() or left
+
+    def _lose(self, rank: _Rank, culprit: _Worker, fate: str) -> None:
+        """The rank is at its end since one of its workers is, and its requests go to others."""
+        if not rank.ready:
+            words = culprit.process.last_words()
+            said = f"; it wrote: {words}" if words else ""
+            raise StartError(f"{culprit} {fate} before it was ready{said}")
+        rank.gone = fate if culprit is rank.workers[0] else f"ended with {culprit}, which {fate}"
+        self._end_together(rank)
         orphans = [job for job in rank.outstanding.values() if not job.settled]
         rank.outstanding.clear()
-        if rank.device:
-            _log.error("%s %s; %d requests go to the others", rank, rank.gone, len(orphans))
+        _log.error("%s %s; %d requests go to the others", rank, rank.gone, len(orphans))
         for job in orphans:
             if job.lost:
                 job.fail(f"{' and '.join([*job.lost, f'{rank} {rank.gone}'])} while it had this request")
             else:
                 job.lost.append(f"{rank} {rank.gone}")
                 self._again.append(job)
+
+    def _end_together(self, rank: _Rank) -> None:
+        """SIGKILL, since they may be in a sum that nothing else ends, on a GPU."""
+        if len(rank.workers) > 1:
+            for worker in rank.workers:
+                worker.process.send_signal(signal.SIGKILL)
+            for worker in rank.workers:
+                worker.process.wait(_FATE_TIMEOUT)
 
     def _give_up(self) -> None:
         reasons = "; ".join(f"{rank} {rank.gone}" for rank in self._ranks.values())
@@ -236,17 +282,16 @@ class Dispatcher:
         peers = {peer.name: peer for peer in self._front.peers}
         found = []
         for name, rank in self._ranks.items():
-            peer = peers.get(name)
-            found.append(
-                RankStatus(
-                    name=name,
-                    pid=rank.process.pid,
-                    address=peer.address if peer else "",
-                    device=rank.device,
-                    backend=peer.backend if peer else "",
-                    requests=rank.requests,
-                    outstanding=len(rank.outstanding),
-                    error=rank.gone,
-                )
-            )
+            workers = tuple(_status(worker, peers.get(worker.process.name)) for worker in rank.workers)
+            found.append(RankStatus(name, workers, rank.requests, len(rank.outstanding), error=rank.gone))
         return found
+
+
+def _status(worker: _Worker, peer: transport.PeerInfo | None) -> WorkerStatus:
+    return WorkerStatus(
+        name=worker.process.name,
+        pid=worker.process.pid,
+        address=peer.address if peer else "",
+        device=worker.device,
+        backend=peer.backend if peer else "",
+    )

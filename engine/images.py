@@ -49,11 +49,11 @@ SAMPLES: Final = (
     "rocket.jpg",
 )
 
-_MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
-_STD = np.array([0.26862954, 0.26130258, 0.27577711])
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
+STD = np.array([0.26862954, 0.26130258, 0.27577711])
 # (value / 255 - mean) / std as one multiplication and one subtraction for each channel.
-_SCALE = (1 / (255 * _STD)).astype(np.float32)
-_SHIFT = (_MEAN / _STD).astype(np.float32)
+_SCALE = (1 / (255 * STD)).astype(np.float32)
+_SHIFT = (MEAN / STD).astype(np.float32)
 
 
 class ImageError(Exception):

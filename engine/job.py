@@ -46,10 +46,17 @@ class Job:
 
     def request(self) -> Request:
         """The message, with the time of now."""
-        grids: list[tuple[int, int, int]] = [p.grid for p in self.photographs if p.grid is not None]
-        return Request(self.id, self.tensors, grids, time.monotonic_ns())
+        images = [photograph.prepared for photograph in self.photographs if photograph.prepared is not None]
+        grids: list[tuple[int, int, int]] = [image.grid for image in images if image.grid is not None]
+        more = [dict(image.more) for image in images if image.more is not None]
+        return Request(self.id, self.tensors, grids, time.monotonic_ns(), more)
 
-    def settle(self, embeddings: Mapping[int, torch.Tensor], errors: Mapping[int, str]) -> None:
+    def settle(
+        self,
+        embeddings: Mapping[int, torch.Tensor],
+        errors: Mapping[int, str],
+        texts: Mapping[int, str] | None = None,
+    ) -> None:
         """Tell each photograph's result, the first time; later ones change nothing."""
         if self.settled:
             return
@@ -57,17 +64,19 @@ class Job:
         self.tensors = []
         seconds = time.monotonic() - self.sent if self.sent else 0.0
         for place, photograph in enumerate(self.photographs):
-            grid, embedding = photograph.grid, embeddings.get(place)
+            image, embedding = photograph.prepared, embeddings.get(place)
             error = "" if embedding is not None else errors.get(place, "the answer lacks this image")
             self.tell(
                 Result(
                     index=photograph.index,
                     name=photograph.name,
-                    grid=grid,
-                    nbytes=grid.nbytes if grid else 0,
+                    grid=image.grid if image else None,
+                    shape=image.shape if image else None,
+                    nbytes=image.nbytes if image else 0,
                     embedding=None if embedding is None else embedding.clone(),
                     seconds=seconds,
                     rank=self.rank,
+                    text=(texts or {}).get(place, ""),
                     error=f"{photograph.name}: {error}" if error else "",
                 )
             )
@@ -105,4 +114,4 @@ def split(photographs: Iterable[Photograph], limit: int) -> Iterator[list[Photog
 
 def nbytes_of(photographs: Iterable[Photograph]) -> int:
     """Bytes of the patches of all of them."""
-    return sum(photograph.grid.nbytes for photograph in photographs if photograph.grid)
+    return sum(photograph.prepared.nbytes for photograph in photographs if photograph.prepared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -11,12 +12,13 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import StartError
+from engine.protocol import worker_names
 
 # Longest path of a Unix socket, of which the folder leaves room for the file's name.
 _LONGEST_FOLDER = 107 - len("/front.sock")
@@ -25,14 +27,13 @@ _POLITE, _TERMINATE, _KILL = 5.0, 2.0, 10.0
 
 
 class RankProcess:
-    """One rank's process. What it writes appears on our standard error, each line after its name."""
+    """The process of one worker of a rank. What it writes appears on our standard error, after its name."""
 
-    def __init__(self, name: str, address: str, config: Path) -> None:
+    def __init__(self, name: str, arguments: Sequence[str]) -> None:
         self.name = name
         # -P: a folder or file called `engine` where the user happens to be must not be taken for ours.
-        command = [sys.executable, "-P", "-m", "engine.worker"]
         self._process = subprocess.Popen(
-            [*command, "--name", name, "--address", address, "--config", str(config)],
+            [sys.executable, "-P", "-m", "engine.worker", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -92,16 +93,19 @@ class RankProcess:
 
 
 class Ranks:
-    """The ranks of this host, `rank0` to `rankN-1`, and the private folder with the socket they come to."""
+    """The ranks of this host, `rank0` to `rankN-1`, and the private folder with the socket they come to.
+
+    processes: by rank, those of its workers, the first of which answers.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._folder = private_folder()
         self.address = f"ipc://{self._folder}/front.sock"
-        self.processes: dict[str, RankProcess] = {}
+        self.processes: dict[str, list[RankProcess]] = {}
 
     def start(self) -> None:
-        """Start every rank. They come to `address`; nobody has been waited for when this returns.
+        """Start every worker of every rank. They come to `address`; this waits for nobody.
 
         Raises:
             StartError: the system refuses to make a process; what was started is still to be stopped.
@@ -109,11 +113,16 @@ class Ranks:
         file = self._folder / "config.toml"
         file.write_text(self._config.to_toml(), encoding="utf-8")
         for number in range(self._config.data_parallel_size):
-            name = f"rank{number}"
-            try:
-                self.processes[name] = RankProcess(name, self.address, file)
-            except OSError as error:
-                raise StartError(f"{name} could not be started: {error}") from error
+            rank, size = f"rank{number}", self._config.tensor_parallel_size
+            self.processes[rank] = []
+            for place, name in enumerate(worker_names(rank, size)):
+                arguments = ["--rank", rank, "--worker", str(place), "--address", self.address]
+                arguments += ["--config", str(file), "--rendezvous", str(self._folder / f"{rank}.meeting")]
+                arguments += ["--gpu", str(number * size + place)]
+                try:
+                    self.processes[rank].append(RankProcess(name, arguments))
+                except OSError as error:
+                    raise StartError(f"{name} could not be started: {error}") from error
 
     def stop(self, *, polite: bool = True) -> None:
         """End every process that still runs, and remove the folder.
@@ -126,12 +135,15 @@ class Ranks:
         except KeyboardInterrupt:  # a second Ctrl-C: no more patience, but nothing is left behind
             running = self._running()
         self._signal(running, signal.SIGKILL, _KILL)
-        for process in self.processes.values():
+        for process in self._all():
             process.finish()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _all(self) -> Iterator[RankProcess]:
+        return itertools.chain.from_iterable(self.processes.values())
+
     def _running(self) -> list[RankProcess]:
-        return [process for process in self.processes.values() if process.running]
+        return [process for process in self._all() if process.running]
 
     def _wait(self, seconds: float) -> list[RankProcess]:
         deadline = time.monotonic() + seconds
@@ -168,7 +180,8 @@ def _environment() -> dict[str, str]:
     """Ours, and our search path: what can be imported here, `--model` for one, can be there."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     # TENSORFERRY_* has gone into the configuration file already.
-    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    # A model comes from its folder: nobody is to look for a newer one elsewhere.
+    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def _signal_name(number: int) -> str:

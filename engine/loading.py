@@ -1,41 +1,96 @@
-"""Photographs from files or from memory, decoded and resized ahead of their use by a few threads."""
+"""Photographs from files or from memory, decoded and prepared ahead of their use by a few threads."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from PIL import Image
 
-from engine.images import Grid, ImageError, grid_for, open_image, upright, write_patches
+from engine.images import (
+    MAX_PIXELS,
+    MIN_PIXELS,
+    Grid,
+    ImageError,
+    grid_for,
+    open_image,
+    upright,
+    write_patches,
+)
 
 Source: TypeAlias = str | Path | Image.Image
 
 
 @dataclass(frozen=True, eq=False)
+class Prepared:
+    """An image that is ready to be written into a float32 tensor of `shape`, more than once if need be.
+
+    grid: its patches in time, height and width, where it has such. more: from a processor of the model's
+    own, small tensors that go with it, by the name under which the model takes them. in_place: `write` makes
+    it there; else it copies what lies in memory already.
+    """
+
+    shape: tuple[int, ...]
+    write: Callable[[torch.Tensor], None]
+    grid: Grid | None = None
+    more: Mapping[str, torch.Tensor] | None = None
+    in_place: bool = True
+
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.numbers
+
+
+class Processor(Protocol):
+    """What stands before a model: it decides what becomes of a photograph. Several threads use it."""
+
+    def prepare(self, image: Image.Image) -> Prepared:
+        """Prepare an image that is upright and in RGB; whatever it raises fails that image."""
+
+
+class Patches:
+    """Patches as `engine.images` makes them, which the built-in encoder takes."""
+
+    def __init__(
+        self, *, megapixels: float | None, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+    ) -> None:
+        self._choose = partial(grid_for, megapixels=megapixels, min_pixels=min_pixels, max_pixels=max_pixels)
+
+    def prepare(self, image: Image.Image) -> Prepared:
+        """Resize to a grid: what waits is then a few megabytes, however large the photograph is."""
+        grid = self._choose(*image.size)
+        resized = image.resize(grid.size, Image.Resampling.BICUBIC)
+        return Prepared(grid.shape, partial(write_patches, resized, grid), grid)
+
+
+@dataclass(frozen=True, eq=False)
 class Photograph:
-    """One image of the input: resized to fit `grid`, or the reason why it can't be used."""
+    """One image of the input: prepared, or the reason why it can't be used."""
 
     index: int
     name: str
-    image: Image.Image | None = None
-    grid: Grid | None = None
+    prepared: Prepared | None = None
     error: str = ""
 
 
 class Loader:
-    """A few threads that decode photographs and write patches; Pillow and numpy let go of the GIL in both."""
+    """A few threads that prepare photographs and write them; Pillow and numpy let go of the GIL in both."""
 
-    def __init__(self, *, megapixels: float | None, ahead: int) -> None:
-        self._megapixels = megapixels
+    def __init__(self, processor: Processor, *, ahead: int) -> None:
+        self._processor = processor
         self._ahead = ahead
         # As many as help without taking every core from the ranks of this host.
         threads = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
@@ -62,14 +117,13 @@ class Loader:
                 future.cancel()
 
     def write(self, photographs: list[Photograph], out: torch.Tensor) -> list[torch.Tensor]:
-        """Write the patches of all, one after the other, into `out` `[patches of all, 1176]`; its parts."""
-        images = [(p.image, p.grid) for p in photographs if p.image is not None and p.grid is not None]
-        ends = list(accumulate(grid.patches for _, grid in images))
-        parts = [out[end - grid.patches : end] for end, (_, grid) in zip(ends, images, strict=True)]
-        running = [
-            self._writing.submit(partial(write_patches, image, grid, part))
-            for (image, grid), part in zip(images, parts, strict=True)
+        """Write all, one after the other, into `out` `[numbers of all]`; its parts, in their shapes."""
+        images = [photograph.prepared for photograph in photographs if photograph.prepared is not None]
+        ends = accumulate(image.numbers for image in images)
+        parts = [
+            out[end - image.numbers : end].view(image.shape) for end, image in zip(ends, images, strict=True)
         ]
+        running = [self._writing.submit(image.write, part) for image, part in zip(images, parts, strict=True)]
         wait(running)  # all of them, even if one failed: nobody may still be writing into `out`
         for future in running:
             future.result()
@@ -84,12 +138,10 @@ class Loader:
         name = _name(index, source)
         try:
             image = upright(source) if isinstance(source, Image.Image) else open_image(source)
-            grid = grid_for(*image.size, megapixels=self._megapixels)
+            return Photograph(index, name, self._processor.prepare(image))
         # An image of the caller's own may be a file that is only decoded now, and fail in any way.
         except Exception as error:  # noqa: BLE001
             return Photograph(index, name, error=_reason(name, error))
-        # Resized here, what waits is a few megabytes each, however large the photographs are.
-        return Photograph(index, name, image.resize(grid.size, Image.Resampling.BICUBIC), grid)
 
 
 def _name(index: int, source: Source) -> str:

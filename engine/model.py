@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Final, Protocol, cast
 
@@ -17,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from engine.images import MERGE, ROW
+from engine.parallel import Parallel
 
 DIM: Final = 256
 HEADS: Final = 4
@@ -35,6 +37,8 @@ class Batch:
     is a list, not one long tensor, because each tensor is a view into the ring of the process that sent it:
     joining them would copy them all. They are read-only; writing into one ends the process with SIGSEGV.
     `grid_thw` is int64 `[images, 3]`, on the CPU: the number of patches in time, height and width.
+    `more` is empty, but for a model with an image processor of its own: it holds what that made beside
+    pixel_values, a dict for each image, and the shapes are then that processor's.
 
     Raises:
         ValueError: the two don't fit each other.
@@ -42,8 +46,11 @@ class Batch:
 
     pixel_values: list[torch.Tensor]
     grid_thw: torch.Tensor
+    more: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.more:
+            return
         grid = self.grid_thw
         if grid.dtype != torch.int64 or tuple(grid.shape) != (len(self.pixel_values), 3):
             raise ValueError(
@@ -61,13 +68,22 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """What a forward pass yields: `embeddings`, float32 `[images, dim]`, in the order of the batch."""
+    """What a forward pass yields: `embeddings`, float32 `[images, dim]`, in the order of the batch.
+
+    texts: one for each image, from a model that was asked to write; empty else.
+    """
 
     embeddings: torch.Tensor
+    texts: list[str] = field(default_factory=list)
 
 
 class Model(Protocol):
-    """What a class named by `--model package.module:Class` must have; it is made without arguments."""
+    """What a class named by `--model package.module:Class` must have; it is made without arguments.
+
+    A model that can be divided among the workers of a rank says so by one more argument of `load`,
+    `parallel: Parallel` (`engine.parallel`): each worker then loads its part, gets every batch, and returns
+    the same outputs.
+    """
 
     def load(self, *, device: torch.device, seed: int) -> None:
         """Bring the weights onto `device`, before any `forward`; whatever is random follows from `seed`."""
@@ -83,6 +99,8 @@ class VisionEncoder:
     its embedding doesn't depend on its company in the batch. The weights are random, equal for equal seeds in
     every process and on every device; the embeddings tell photographs apart but mean nothing beyond that.
 
+    Among several workers heads and hidden units are divided, with two sums in each block.
+
     Technique: Dosovitskiy et al., "An Image Is Worth 16x16 Words" (arXiv 2010.11929), with sine and cosine
     positions in two dimensions and the mean over tokens in place of a class token (Beyer et al., arXiv
     2205.01580).
@@ -91,9 +109,22 @@ class VisionEncoder:
     def __init__(self) -> None:
         self._network: _Network | None = None
 
-    def load(self, *, device: torch.device, seed: int) -> None:
-        network = _Network()
+    def load(self, *, device: torch.device, seed: int, parallel: Parallel | None = None) -> None:
+        """Draw all weights, equal for equal seeds however many workers there are, and keep this one's.
+
+        Raises:
+            ModelError: the heads can't be divided among so many workers.
+        """
+        parallel = parallel or Parallel()
+        if HEADS % parallel.size:
+            allowed = [str(size) for size in range(1, HEADS + 1) if HEADS % size == 0]
+            raise ModelError(
+                f"tensor_parallel_size {parallel.size}: the built-in encoder has {HEADS} heads, which can be "
+                f"divided among {', '.join(allowed[:-1])} or {allowed[-1]} workers"
+            )
+        network = _Network(parallel)
         _seed_weights(network, seed)
+        network.keep_part()
         self._network = network.to(device).eval().requires_grad_(False)
 
     def forward(self, batch: Batch) -> Outputs:
@@ -120,13 +151,39 @@ class _Linear(nn.Linear):
         """Draw nothing: the constructor would draw from the global generator, which belongs to the user."""
 
 
+class _Columns(_Linear):
+    """Outputs divided among the workers; `groups` of them (queries, keys, values) each for itself."""
+
+    def keep_part(self, parallel: Parallel, *, groups: int = 1) -> None:
+        weights = self.weight.view(groups, parallel.size, -1, self.in_features)[:, parallel.rank]
+        biases = self.bias.view(groups, parallel.size, -1)[:, parallel.rank]
+        self.weight = nn.Parameter(weights.flatten(0, 1).clone())
+        self.bias = nn.Parameter(biases.flatten().clone())
+
+
+class _Rows(_Linear):
+    """Inputs divided among the workers; what each makes of its own is added up, and the bias added once."""
+
+    def keep_part(self, parallel: Parallel) -> None:
+        self._parallel = parallel
+        self.weight = nn.Parameter(self.weight.chunk(parallel.size, dim=1)[parallel.rank].clone())
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return self._parallel.sum(functional.linear(values, self.weight)) + self.bias
+
+
 class _Network(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, parallel: Parallel) -> None:
         super().__init__()
         self.embed = _Linear(MERGE * MERGE * ROW, DIM)
-        self.blocks = nn.ModuleList(_Block() for _ in range(BLOCKS))
+        self.blocks = nn.ModuleList(_Block(parallel) for _ in range(BLOCKS))
         self.norm = nn.LayerNorm(DIM)
         self.project = _Linear(DIM, DIM, bias=False)
+
+    def keep_part(self) -> None:
+        """Let go of the weights that other workers have."""
+        for block in self.blocks:
+            cast(_Block, block).keep_part()
 
     def forward(self, pixels: torch.Tensor, t: int, h: int, w: int) -> torch.Tensor:
         # The rows of a merge block lie next to each other, so that a token is a view, not a gather.
@@ -141,24 +198,32 @@ class _Network(nn.Module):
 class _Block(nn.Module):
     """Attention and a two-layer perceptron, each normalised before and added to its input."""
 
-    def __init__(self) -> None:
+    def __init__(self, parallel: Parallel) -> None:
         super().__init__()
+        self._parallel = parallel
         self.norm_attention = nn.LayerNorm(DIM)
-        self.qkv = _Linear(DIM, 3 * DIM)
-        self.out = _Linear(DIM, DIM)
+        self.qkv = _Columns(DIM, 3 * DIM)
+        self.out = _Rows(DIM, DIM)
         self.norm_mlp = nn.LayerNorm(DIM)
-        self.up = _Linear(DIM, 4 * DIM)
-        self.down = _Linear(4 * DIM, DIM)
+        self.up = _Columns(DIM, 4 * DIM)
+        self.down = _Rows(4 * DIM, DIM)
+
+    def keep_part(self) -> None:
+        self.qkv.keep_part(self._parallel, groups=3)
+        self.out.keep_part(self._parallel)
+        self.up.keep_part(self._parallel)
+        self.down.keep_part(self._parallel)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         tokens = tokens + self._attention(self.norm_attention(tokens))
         return tokens + cast(torch.Tensor, self.down(functional.gelu(self.up(self.norm_mlp(tokens)))))
 
     def _attention(self, tokens: torch.Tensor) -> torch.Tensor:
-        # [tokens, 3 * dim] -> three times [1, heads, tokens, dim / heads]
-        qkv = self.qkv(tokens).view(1, -1, 3, HEADS, DIM // HEADS).permute(2, 0, 3, 1, 4)
+        # [tokens, 3 * dim / workers] -> three times [1, heads / workers, tokens, dim / heads]
+        heads = HEADS // self._parallel.size
+        qkv = self.qkv(tokens).view(1, -1, 3, heads, DIM // HEADS).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
-        return cast(torch.Tensor, self.out(mixed.transpose(1, 2).reshape(-1, DIM)))
+        return cast(torch.Tensor, self.out(mixed.transpose(1, 2).reshape(len(tokens), -1)))
 
 
 def positions(rows: int, columns: int, *, device: torch.device) -> torch.Tensor:
@@ -191,6 +256,23 @@ def _seed_weights(network: nn.Module, seed: int) -> None:
             nn.init.zeros_(module.bias)
 
 
+def load_part(model: Model, *, device: torch.device, seed: int, parallel: Parallel) -> None:
+    """Load a model, or this worker's part of it.
+
+    Raises:
+        ModelError: there are several workers, and the model can't be divided.
+    """
+    if "parallel" in inspect.signature(model.load).parameters:
+        model.load(device=device, seed=seed, parallel=parallel)  # type: ignore[call-arg]  # it has it
+    elif parallel.size == 1:
+        model.load(device=device, seed=seed)
+    else:
+        raise ModelError(
+            f"tensor_parallel_size {parallel.size}: {type(model).__name__} can't be divided among workers "
+            "(its load() takes no `parallel`); 1 is allowed, and data_parallel_size makes more ranks"
+        )
+
+
 def load_model(spec: str) -> Model:
     """Return the model that a specification names: `builtin`, or `package.module:Class`.
 
@@ -203,7 +285,9 @@ def load_model(spec: str) -> Model:
     if spec == "builtin":
         return VisionEncoder()
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", spec):
-        raise ModelError(f"model {spec!r} is neither 'builtin' nor of the form package.module:Class")
+        raise ModelError(
+            f"model {spec!r} is neither 'builtin' nor of the form package.module:Class nor a folder here"
+        )
     module_name, _, class_name = spec.partition(":")
     return _make(spec, _find_class(spec, _import(spec, module_name), class_name))
 

@@ -65,6 +65,7 @@ def _as_json(result: Result) -> dict[str, Any]:
         "rank": result.rank,
         "error": result.error,
         "norm": result.norm,
+        "text": result.text,
         "embedding": None if result.embedding is None else result.embedding.tolist(),
     }
 
@@ -73,7 +74,8 @@ def write_tensors(path: Path, results: Sequence[Result]) -> None:
     """Write the embeddings of the images that have one, in order, as safetensors or npz by the suffix.
 
     `embeddings` float32 `[n, dim]`, `index` int64 `[n]` (the place in the input), `grid_thw` int64 `[n, 3]`;
-    the names of the images are the text array `names` in npz, a JSON list in the metadata in safetensors.
+    the names of the images are the text array `names` in npz, a JSON list in the metadata in safetensors,
+    and so are the `texts` of a model that wrote some.
     """
     good = [result for result in results if result.embedding is not None]
     embeddings = [result.embedding for result in good if result.embedding is not None]
@@ -83,12 +85,16 @@ def write_tensors(path: Path, results: Sequence[Result]) -> None:
         "index": torch.tensor([result.index for result in good], dtype=torch.int64),
         "grid_thw": torch.tensor(grids, dtype=torch.int64).view(-1, 3),
     }
-    names = [result.name for result in good]
+    words = {"names": [result.name for result in good]}
+    if any(result.text for result in good):
+        words["texts"] = [result.text for result in good]
     if path.suffix == ".npz":
         arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-        _replace(path, lambda temporary: np.savez(temporary, names=np.array(names, dtype=str), **arrays))
+        arrays |= {name: np.array(texts, dtype=str) for name, texts in words.items()}
+        _replace(path, lambda temporary: np.savez(temporary, **arrays))
     else:
-        _replace(path, lambda temporary: save_file(tensors, temporary, {"names": json.dumps(names)}))
+        metadata = {name: json.dumps(texts) for name, texts in words.items()}
+        _replace(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def _replace(path: Path, write: Any) -> None:

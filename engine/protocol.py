@@ -11,40 +11,49 @@ from engine.config import EngineConfig
 FRONT = "front"
 
 
+def worker_names(rank: str, size: int) -> list[str]:
+    """The workers of a rank: the first, which answers, has the rank's own name."""
+    return [rank, *(f"{rank}.tp{number}" for number in range(1, size))]
+
+
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """From a rank, once: its model is loaded. With `error` it can't serve, and leaves."""
+    """From each worker of a rank, once: its model is loaded. With `error` it can't serve, and leaves."""
 
     device: str = ""
     error: str = ""
 
 
 class Request(msgspec.Struct, tag=True, frozen=True):
-    """To a rank: photographs of one prompt.
+    """To a rank, that is to all its workers at once: photographs of one prompt.
 
     pixel_values: float32 `[patches, 1176]` for each; grids: their patches in time, height and width.
-    sent_ns: the monotonic clock, one for all processes of a host, just before the send.
+    sent_ns: the monotonic clock, one for all processes of a host, just before the send. more: for each what
+    a processor of the model's own made beside pixel_values, which then have a shape of its own; empty else.
     """
 
     id: int
     pixel_values: list[torch.Tensor]
     grids: list[tuple[int, int, int]]
     sent_ns: int
+    more: list[dict[str, torch.Tensor]] = []
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):
-    """To a rank: finish what you have and leave."""
+    """To each worker: finish what you have and leave."""
 
 
 class Reply(msgspec.Struct, tag=True, frozen=True):
-    """From a rank: the embedding or the error of every photograph of a request, by its place in it.
+    """From a rank's first worker: the embedding or the error of each photograph of a request, by its place.
 
-    hop_ns: from the send call of the front end until the tensors were open here.
+    hop_ns: from the send call of the front end until the tensors were open here. texts: where some were
+    asked for.
     """
 
     id: int
     embeddings: dict[int, torch.Tensor]
     errors: dict[int, str]
     hop_ns: int
+    texts: dict[int, str] = {}
 
 
 def transport_config(config: EngineConfig, *, replies: bool = False) -> transport.TransportConfig:

@@ -28,12 +28,14 @@ def _images(names: Sequence[str], results: Sequence[Result]) -> Table:
     table.add_column("shape", no_wrap=True, justify="right")
     table.add_column("norm", no_wrap=True, justify="right")
     table.add_column("rank", no_wrap=True)
+    texts = any(result.text for result in results)
+    if texts:
+        table.add_column("text", overflow="fold")
     for name, result in zip(names, results, strict=True):
+        shape, norm = " × ".join(map(str, result.shape or ())), Text(f"{result.norm or 0:.4f}")
         if result.error:
-            table.add_row(escape(name), "", Text("failed", style="red"), result.rank)
-        else:
-            shape = " × ".join(map(str, result.shape or ()))
-            table.add_row(escape(name), shape, f"{result.norm:.4f}", result.rank)
+            shape, norm = "", Text("failed", style="red")
+        table.add_row(escape(name), shape, norm, result.rank, *([Text(result.text)] if texts else []))
     return table
 
 
@@ -43,8 +45,13 @@ def _ranks(ranks: Sequence[RankStatus]) -> Table:
         table.add_column(name, no_wrap=True, justify="right" if name in ("pid", "requests") else "left")
     table.add_column("backend, and why")
     for rank in ranks:
-        backend = Text(rank.error, style="red") if rank.error else Text(_brief(rank.backend))
-        table.add_row(rank.name, str(rank.pid), rank.device, str(rank.requests), backend)
+        for worker in rank.workers:
+            answers = worker is rank.workers[0]
+            backend = Text(_brief(worker.backend))
+            if rank.error:
+                backend = Text(rank.error if answers else "", style="red")
+            requests = str(rank.requests) if answers else ""
+            table.add_row(worker.name, str(worker.pid), worker.device, requests, backend)
     return table
 
 

@@ -16,23 +16,21 @@ class Result:
     """What became of one image.
 
     index: its place in the input, from 0. embedding: float32 `[dim]`, in memory of its own; None when
-    `error` says why there is none. nbytes: of the patches that were sent. seconds: from sending the request
-    that it was part of until the answer. rank: who answered, or was asked last.
+    `error` says why there is none. shape: of the tensor that was sent, `(patches, 1176)` of the built-in
+    encoder; nbytes: its size. seconds: from sending the request that it was part of until the answer. rank:
+    who answered, or was asked last. text: what a model wrote that was asked to.
     """
 
     index: int
     name: str
     grid: Grid | None = None
+    shape: tuple[int, ...] | None = None
     nbytes: int = 0
     embedding: torch.Tensor | None = None
     seconds: float = 0.0
     rank: str = ""
     error: str = ""
-
-    @property
-    def shape(self) -> tuple[int, int] | None:
-        """Of the patches: `(patches, 1176)`."""
-        return None if self.grid is None else self.grid.shape
+    text: str = ""
 
     @property
     def norm(self) -> float | None:
@@ -64,17 +62,41 @@ class InOrder:
 
 
 @dataclass(frozen=True)
-class RankStatus:
-    """One rank. backend: how tensors reach it, and why so; error: why it is gone, "" while it lives."""
+class WorkerStatus:
+    """One process of a rank. backend: how tensors reach it, and why so; "" when it is gone."""
 
     name: str
     pid: int
     address: str
     device: str
     backend: str
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """One rank, its first worker being the one that answers. error: why it is gone, "" while it lives."""
+
+    name: str
+    workers: tuple[WorkerStatus, ...]
     requests: int
     outstanding: int
     error: str = ""
+
+    @property
+    def pid(self) -> int:
+        return self.workers[0].pid
+
+    @property
+    def address(self) -> str:
+        return self.workers[0].address
+
+    @property
+    def device(self) -> str:
+        return self.workers[0].device
+
+    @property
+    def backend(self) -> str:
+        return self.workers[0].backend
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,8 @@ def staged(message: transport.Message) -> Staged | None:
     return cast("Staged | None", message.staged)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `auto`, `cpu` or `cuda` means here.
+def choose_device(name: str, place: int = 0) -> torch.device:
+    """The device that `auto`, `cpu` or `cuda` means here; of several GPUs, workers take turns by `place`.
 
     Raises:
         ValueError: `cuda` where torch finds none.
@@ -106,4 +106,6 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         raise ValueError(f"device 'cuda': torch {torch.__version__} ({build}) finds no GPU; use auto or cpu")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if not available or name == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", place % torch.cuda.device_count())

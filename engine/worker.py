@@ -1,6 +1,7 @@
-"""One rank: takes photographs out of the front end's ring, runs the model on them, sends embeddings back.
+"""One worker of a rank: takes photographs out of the front end's ring, runs the model, sends embeddings back.
 
-`python -m engine.worker --name rank0 --address ipc://… --config FILE`, started by `engine.launch`.
+`python -m engine.worker --rank rank0 --address ipc://… --config FILE`, started by `engine.launch`. Of the
+workers that share a model (`tensor_parallel_size`) each gets every request, and the first answers.
 
 One thread receives, so that a request is open (on a GPU: copied there) while the model works on the one
 before; the main thread runs the model. How much may wait here is the front end's decision.
@@ -24,10 +25,12 @@ from typing import NamedTuple
 import torch
 
 import transport
+from engine.catalog import choose_model
 from engine.config import EngineConfig
-from engine.model import Batch, Model, ModelError, load_model
+from engine.model import Batch, Model, ModelError, Outputs, load_part
 from engine.options import ConfigError
-from engine.protocol import FRONT, Ready, Reply, Request, Stop, transport_config
+from engine.parallel import Parallel, ParallelError, join
+from engine.protocol import FRONT, Ready, Reply, Request, Stop, transport_config, worker_names
 from engine.staging import Staged, Stager, choose_device, staged
 
 _log = logging.getLogger("tensorferry.worker")
@@ -50,23 +53,31 @@ class _Opened(NamedTuple):
 class Worker:
     """A loaded model and the link to the front end."""
 
-    def __init__(self, endpoint: transport.Endpoint, model: Model, device: torch.device) -> None:
+    def __init__(
+        self, endpoint: transport.Endpoint, model: Model, device: torch.device, parallel: Parallel
+    ) -> None:
         self._endpoint = endpoint
         self._model = model
         self._device = device
+        self._parallel = parallel
         # On the CPU the model reads the views into the ring themselves.
         self._stager = Stager(device) if device.type == "cuda" else None
         self._opened: queue.SimpleQueue[_Opened | None] = queue.SimpleQueue()
 
     def run(self) -> None:
-        """Answer requests until the front end says stop or goes."""
+        """Answer requests until the front end says stop or goes.
+
+        Raises:
+            ParallelError: the other workers of this rank can't be reckoned with any more.
+        """
         threading.Thread(target=self._receive, name="tensorferry-receive", daemon=True).start()
         self._endpoint.send(Ready(device=str(self._device)), to=FRONT, timeout=_SEND_TIMEOUT)
         while (opened := self._opened.get()) is not None:
             reply = self._answer(opened)
             # Before the next wait, which may be long: the views keep the ring's memory.
             del opened
-            self._endpoint.send(reply, to=FRONT, timeout=_SEND_TIMEOUT)
+            if self._parallel.rank == 0:
+                self._endpoint.send(reply, to=FRONT, timeout=_SEND_TIMEOUT)
 
     def _receive(self) -> None:
         try:
@@ -96,37 +107,52 @@ class Worker:
     def _answer(self, opened: _Opened) -> Reply:
         request = opened.request
         places = list(range(len(request.pixel_values)))
-        errors: dict[int, str] = {}
         if opened.staged is not None:
             opened.staged.wait()
+        reply = Reply(request.id, {}, {}, hop_ns=opened.opened_ns - request.sent_ns)
         try:
-            embeddings = self._encode(request, places)
+            self._encode(request, places, reply)
+        except ParallelError:
+            raise
         except Exception as error:  # noqa: BLE001  # a model may raise anything; the loop goes on
-            embeddings, errors = self._one_by_one(request, error)
-        hop_ns = opened.opened_ns - request.sent_ns
-        return Reply(id=request.id, embeddings=embeddings, errors=errors, hop_ns=hop_ns)
+            self._one_by_one(request, error, reply)
+        return reply
 
-    def _one_by_one(
-        self, request: Request, error: Exception
-    ) -> tuple[dict[int, torch.Tensor], dict[int, str]]:
+    def _one_by_one(self, request: Request, error: Exception, reply: Reply) -> None:
         """The batch failed: find out which photographs are to blame, and answer for the others."""
         if len(request.pixel_values) == 1:
-            return {}, {0: _named(error)}
-        embeddings: dict[int, torch.Tensor] = {}
-        errors: dict[int, str] = {}
+            reply.errors[0] = _named(error)
+            return
         for place in range(len(request.pixel_values)):
             try:
-                embeddings |= self._encode(request, [place])
+                self._encode(request, [place], reply)
+            except ParallelError:
+                raise
             except Exception as alone:  # noqa: BLE001  # as above
-                errors[place] = _named(alone)
-        return embeddings, errors
+                reply.errors[place] = _named(alone)
 
-    def _encode(self, request: Request, places: Sequence[int]) -> dict[int, torch.Tensor]:
+    def _encode(self, request: Request, places: Sequence[int], reply: Reply) -> None:
+        """Add the outputs, where all workers came to some: what fails for one has failed for all."""
+        try:
+            outputs = self._forward(request, places)
+        except ParallelError:
+            raise
+        except Exception:
+            self._parallel.agree(request.id, failed=True)
+            raise
+        if failed := self._parallel.agree(request.id, failed=False):
+            raise ModelError(f"{', '.join(failed)} could not do its part")
+        reply.embeddings.update(zip(places, outputs.embeddings, strict=True))
+        reply.texts.update(zip(places, outputs.texts, strict=False))  # none, where none was asked for
+
+    def _forward(self, request: Request, places: Sequence[int]) -> Outputs:
         batch = Batch(
             pixel_values=[request.pixel_values[place] for place in places],
             grid_thw=torch.tensor([request.grids[place] for place in places], dtype=torch.int64).view(-1, 3),
+            more=[request.more[place] for place in places] if request.more else [],
         )
-        embeddings = self._model.forward(batch).embeddings.detach()
+        outputs = self._model.forward(batch)
+        embeddings = outputs.embeddings.detach()
         if embeddings.ndim != 2 or len(embeddings) != len(places):
             raise ModelError(
                 f"the model returned embeddings {list(embeddings.shape)} for {len(places)} images; "
@@ -134,45 +160,79 @@ class Worker:
             )
         if embeddings[:1].nbytes < self._endpoint.config.inline_below:
             embeddings = embeddings.cpu()  # all at once; large ones go from the device into the ring
-        return dict(zip(places, embeddings, strict=True))
+        return Outputs(embeddings, outputs.texts)
 
 
 def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def serve(name: str, address: str, config: EngineConfig) -> int:
-    """Run one rank; the process's exit code."""
-    # Ranks on one host share its cores; each taking all of them makes every one slow.
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.data_parallel_size))
+class Place(NamedTuple):
+    """Which worker of which rank this is, the file over which they meet, and which of the GPUs it takes."""
+
+    rank: str
+    worker: int
+    rendezvous: Path
+    gpu: int
+
+
+def serve(place: Place, address: str, config: EngineConfig) -> int:
+    """Run one worker; the process's exit code."""
+    # Workers on one host share its cores; each taking all of them makes every one slow.
+    workers = config.data_parallel_size * config.tensor_parallel_size
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
     settings = transport_config(config, replies=True)
+    name = worker_names(place.rank, config.tensor_parallel_size)[place.worker]
     with transport.connect(address, name=name, config=settings) as endpoint:
         try:
-            device = choose_device(config.device)
-            model = load_model(config.model)
-            model.load(device=device, seed=config.seed)
+            device = choose_device(config.device, place.gpu)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # for what takes the current one, such as NCCL
+            model = choose_model(config)
+            parallel = _join(place, device, config)
+            load_part(model, device=device, seed=config.seed, parallel=parallel)
+            Worker(endpoint, model, device, parallel).run()
+        except transport.TransportError:
+            raise
         except Exception as error:  # noqa: BLE001  # whatever it was, the front end must hear of it
-            expected = isinstance(error, ModelError | ValueError)
+            expected = isinstance(error, ModelError | ParallelError | ValueError)
             endpoint.send(Ready(error=str(error) if expected else _named(error)), to=FRONT)
             return 1
-        Worker(endpoint, model, device).run()
+        parallel.leave()
     return 0
 
 
+def _join(place: Place, device: torch.device, config: EngineConfig) -> Parallel:
+    if config.tensor_parallel_size == 1:
+        return Parallel()
+    return join(
+        place.worker,
+        worker_names(place.rank, config.tensor_parallel_size),
+        place.rendezvous,
+        device=device,
+        patience=config.startup_timeout,
+        timeout=config.request_timeout,
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of one rank."""
+    """The command line of one worker."""
     faulthandler.enable()  # writing into a view of the ring is SIGSEGV; this shows where
     # So that `with` gives everything back; it is raised between two steps of the main thread.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parser = argparse.ArgumentParser(prog="python -m engine.worker", description=__doc__)
-    parser.add_argument("--name", required=True)
+    parser.add_argument("--rank", required=True)
+    parser.add_argument("--worker", type=int, default=0)
+    parser.add_argument("--rendezvous", type=Path, default=Path())
+    parser.add_argument("--gpu", type=int, default=0)
     parser.add_argument("--address", required=True)
     parser.add_argument("--config", required=True, type=Path)
     given = parser.parse_args(arguments)
     try:
         config = EngineConfig.load({}, environ={}, file=given.config)
         logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-        return serve(given.name, given.address, config)
+        place = Place(given.rank, given.worker, given.rendezvous, given.gpu)
+        return serve(place, given.address, config)
     except (ConfigError, transport.TransportError) as error:
         print(error, file=sys.stderr)
         return 1

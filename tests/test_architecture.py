@@ -41,10 +41,11 @@ RANKS: dict[str, list[set[str]]] = {
         {"conformance"},
     ],
     "engine": [
-        {"console", "errors", "images", "options", "segments", "signals"},
+        {"console", "errors", "images", "options", "parallel", "segments", "signals"},
         {"config", "loading", "model", "ps", "results", "staging", "sweep", "top"},
-        {"doctor", "launch", "output", "protocol", "report"},
-        {"job", "worker"},
+        {"doctor", "huggingface", "output", "protocol", "report"},
+        {"catalog"},
+        {"job", "launch", "worker"},
         {"dispatch"},
         {"client"},
         {"cli"},
@@ -71,6 +72,7 @@ LIBRARIES = {
 }
 MORE_LIBRARIES = {
     "engine.doctor": {"zmq"},  # its version, and that of the library in it
+    "engine.huggingface": {"transformers"},
     "shm.columns": {"numpy"},
     "shm.ledger": {"numpy"},
     "shm.reader": {"numpy"},

@@ -20,14 +20,15 @@ SMALL: Mapping[str, Mapping[str, Json]] = {
     "channel": {"nbytes": 64 * KIB, "messages": 3},
     "memory": {"prompts": 2, "images": 2, "nbytes": MIB},
     "idle": {"seconds": 0.2},
+    "tensor-parallel": {"nbytes": MIB, "messages": 2, "device": "cpu"},
 }
 
 
 def small(name: str) -> list[Row]:
-    """The first row of a benchmark for each of its columns, made small."""
+    """The first row of a benchmark for each of its columns or ways, made small."""
     rows: dict[object, Row] = {}
     for row in BENCHMARKS[name].rows(True):
-        rows.setdefault(row.arguments.get("column"), row)
+        rows.setdefault(row.arguments.get("column", row.arguments.get("way")), row)
     return [dataclasses.replace(row, arguments={**row.arguments, **SMALL[name]}) for row in rows.values()]
 
 

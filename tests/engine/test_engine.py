@@ -16,7 +16,7 @@ from PIL import Image
 from engine import ConfigError, Engine, EngineConfig, EngineError, NoRankLeft, StartError
 from engine.images import grid_for, open_image, sample_photographs, write_patches
 from engine.job import message_bytes, split
-from engine.loading import Photograph
+from engine.loading import Patches, Photograph
 from engine.model import Batch, VisionEncoder
 from engine.results import copies_per_tensor, percentile
 from tests.engine.pictures import expected, picture, save
@@ -198,7 +198,9 @@ class TestSmallRing:
 
     def test_split_keeps_order_and_limit(self) -> None:
         grid = grid_for(56, 56)
-        photographs = [Photograph(index, "", None, grid) for index in range(5)]
+        image = Patches(megapixels=None).prepare(picture(0, 56, 56))
+        assert image.nbytes == grid.nbytes
+        photographs = [Photograph(index, "", image) for index in range(5)]
         messages = list(split(photographs, 2 * grid.nbytes))
         assert [[photograph.index for photograph in message] for message in messages] == [[0, 1], [2, 3], [4]]
         assert [len(message) for message in split(photographs, grid.nbytes - 1)] == [1] * 5

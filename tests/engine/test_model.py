@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from engine.images import Grid, find, grid_for, open_image, write_patches
-from engine.model import Batch, Model, ModelError, Outputs, VisionEncoder, load_model, positions
+from engine.model import Batch, Model, ModelError, Outputs, VisionEncoder, load_model, load_part, positions
+from engine.parallel import Parallel
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -228,6 +230,15 @@ class TestLoadModel:
         outputs = model.forward(Batch([torch.ones(16, 1176)], torch.tensor([[1, 4, 4]])))
         assert isinstance(outputs, Outputs)
         assert torch.equal(outputs.embeddings, torch.full((1, 1176), 4.0))
+
+    @pytest.mark.parametrize(("number", "name"), [(0, "Mean"), (1, "Halves")])
+    def test_takes_the_classes_of_the_documentation(
+        self, number: int, name: str, write_module: Callable[[str], str]
+    ) -> None:
+        blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), re.DOTALL)
+        model = load_model(f"{write_module(blocks[number])}:{name}")
+        load_part(model, device=CPU, seed=0, parallel=Parallel())
+        assert embed(model, batch(Grid(1, 4, 4), Grid(1, 6, 10))).shape == (2, 1176)
 
     @pytest.mark.parametrize(
         "spec",

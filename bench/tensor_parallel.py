@@ -1,0 +1,311 @@
+"""One payload for several workers: how often it is copied, when all have it, how fast each device is fed."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import transport
+from bench import links, payload
+from bench.floor import TIMEOUT
+from bench.harness import Result, Row, number, numbers
+from bench.part import Json, Report, WrongAnswerError
+from bench.report import FAILED, Benchmark, Grid, figure
+
+Bytes: TypeAlias = "NDArray[np.uint8]"
+
+MIB = 1 << 20
+WORKERS = 2
+SIZES = {16 * MIB: 30, 64 * MIB: 12}
+QUICK_SIZES = {16 * MIB: 6}
+WAYS = ("one copy", "copy each", "loan", "pickle")
+PHASES = ("alone", "ring", "pinned")
+WARM = 3
+AIM = 0.95
+
+METHOD = f"""\
+ways    one process sends an int64 tensor to {WORKERS} workers; each copies it to its device, looks at the
+        stamp there and answers; timed from the call of send until all have answered. "one copy": one send
+        to all; "copy each": a send for each; "loan": one send of what lies in the ring already (filling
+        it is not timed); "pickle": a pickle for each over zmq. In {WARM} messages before, not timed, the
+        CRC-32 of every byte is checked on what came back from the device.
+feed    the same tensor in the ring is copied to the devices over and over: by the first worker "alone",
+        by all at once ("ring"), and by all at once from pinned memory of their own ("pinned").
+The devices are GPUs, one for each worker, where there are {WORKERS}; else each worker has a warm place in its
+own memory, and a plain copy (np.copyto) stands for the transfer and plain memory for pinned.
+Figures: median [lowest..highest round] of the medians of the rounds."""
+
+
+class _Device:
+    """Where one worker's tensors go: a GPU, or a place in ordinary memory."""
+
+    def __init__(self, name: str, worker: int, nbytes: int) -> None:
+        self._gpu = torch.device("cuda", worker) if name == "cuda" else None
+        self._place = torch.empty(nbytes, dtype=torch.uint8, device=self._gpu or "cpu")
+        self.pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._gpu is not None).numpy()
+        self.pinned.fill(1)
+
+    def copy(self, source: Bytes) -> None:
+        """Copy bytes to the device; complete on return."""
+        if self._gpu is None:
+            np.copyto(self._place.numpy(), source)
+        else:
+            self._place.copy_(torch.from_numpy(source))
+            torch.cuda.synchronize(self._gpu)
+
+    def check(self, stamp: int, checksum: int) -> None:
+        """`WrongAnswerError` unless the device has the payload of that message; -1: its stamp is enough."""
+        words = self._place.view(torch.int64)
+        found = words if checksum >= 0 else words[[0, len(words) // 2, len(words) - 1]]
+        host = found.cpu().numpy()
+        payload.check_stamp(host, stamp)
+        if checksum >= 0:
+            payload.check(host, stamp, checksum)
+
+
+# ---------------------------------------------------------------------- the sending end
+
+
+class _Near:
+    """The sending end of a row: by tensorferry to names, or by pickle to one link for each worker."""
+
+    def __init__(self, folder: Path, way: str, stack: contextlib.ExitStack) -> None:
+        self._way = way
+        self._names = [f"worker{place}" for place in range(WORKERS)]
+        self._links = []
+        if way == "pickle":
+            folders = [_own(folder, place) for place in range(WORKERS)]
+            self._links = [links.PickleLink(own, bind=True) for own in folders]
+        self.endpoint = transport.listen(
+            f"ipc://{folder}/near", config=transport.TransportConfig(backend="shm", peer_share=1.0)
+        )
+        stack.callback(self.endpoint.close)
+        for link in self._links:
+            stack.callback(link.close)
+        if not self._links:
+            self.endpoint.wait_for_peers(self._names, timeout=TIMEOUT)
+
+    def send(self, body: links.Body) -> None:
+        """To all workers, by the way of this row."""
+        for link in self._links:
+            link.send(body)
+        if not self._links:
+            together = [self._names] if self._way != "copy each" else [[name] for name in self._names]
+            for names in together:
+                self.endpoint.send(body, to=names, timeout=TIMEOUT)
+
+    def wait(self, number_: int) -> None:
+        """Until every worker has answered."""
+        answers = [link.receive() for link in self._links]
+        answers += [self.endpoint.receive(timeout=TIMEOUT).body for _ in self._names if not self._links]
+        if any(answer["n"] != number_ for answer in answers):
+            raise WrongAnswerError(f"message {number_} was answered with {answers}")
+
+    def exchange(self, number_: int, source: payload.Words, *, checked: bool) -> float:
+        """One message to all; seconds."""
+        payload.stamp(source, number_)
+        body = {"n": number_, "crc": payload.checksum(source) if checked else -1}
+        if self._way != "loan":
+            return self._timed(body | {"data": torch.from_numpy(source)})
+        with self.endpoint.loan((len(source),), torch.int64, timeout=TIMEOUT) as place:
+            np.copyto(place.numpy(), source)
+            return self._timed(body | {"data": place})
+
+    def _timed(self, body: links.Body) -> float:
+        start = time.perf_counter()
+        self.send(body)
+        self.wait(body["n"])
+        return time.perf_counter() - start
+
+    def copied(self) -> int:
+        """Bytes that went into the ring, or a whole number for each worker where there is none."""
+        return int(self.endpoint.statistics()["backend"]["nbytes"])
+
+
+def near(folder: Path, *, way: str, nbytes: int, messages: int, device: str) -> Report:  # noqa: ARG001
+    """Sends every message to all workers; milliseconds, and copies made for one payload."""
+    source: payload.Words = np.empty(nbytes // 8, np.int64)
+    payload.fill(source, nbytes)
+    with contextlib.ExitStack() as stack:
+        end = _Near(folder, way, stack)
+        for number_ in range(WARM):
+            end.exchange(number_, source, checked=True)
+        before = end.copied()
+        times = [
+            end.exchange(number_, source, checked=False) * 1e3 for number_ in range(WARM, WARM + messages)
+        ]
+        copies = (end.copied() - before) / (nbytes * messages) if way != "pickle" else WORKERS
+    return Report(values={"ms": times, "copies": copies}, expected=WORKERS * (WARM + messages))
+
+
+def worker(folder: Path, *, place: int, way: str, nbytes: int, messages: int, device: str) -> Report:
+    """Copies every message to its device and answers."""
+    fed = _Device(device, place, nbytes)
+    with contextlib.ExitStack() as stack:
+        link = _far(folder, place, way, stack)
+        for number_ in range(WARM + messages):
+            body = link.receive()
+            fed.copy(body["data"].numpy().view(np.uint8))
+            fed.check(number_, body["crc"])
+            del body
+            link.send({"n": number_})
+        if way != "pickle":
+            link.check_way()
+    return Report(verified=WARM + messages)
+
+
+def _far(folder: Path, place: int, way: str, stack: contextlib.ExitStack) -> links.Link:
+    if way == "pickle":
+        link: links.Link = links.PickleLink(_own(folder, place), bind=False)
+    else:
+        config = transport.TransportConfig(backend="shm", handshake_timeout=TIMEOUT)
+        link = links.EndpointLink(
+            transport.connect(f"ipc://{folder}/near", name=f"worker{place}", config=config)
+        )
+    stack.callback(link.close)
+    return link
+
+
+def _own(folder: Path, place: int) -> Path:
+    own = folder / f"worker{place}"
+    own.mkdir(exist_ok=True)
+    return own
+
+
+# ---------------------------------------------------------------------- feeding
+
+
+def feed_near(folder: Path, *, nbytes: int, messages: int, device: str) -> Report:  # noqa: ARG001
+    """Sends one tensor, then says when each phase begins."""
+    source: payload.Words = np.empty(nbytes // 8, np.int64)
+    payload.fill(source, nbytes)
+    with contextlib.ExitStack() as stack:
+        end = _Near(folder, "one copy", stack)
+        end.exchange(0, source, checked=True)
+        for number_, _phase in enumerate(PHASES, start=1):
+            end.send({"n": number_})
+            end.wait(number_)
+    return Report(expected=WORKERS * (1 + len(PHASES)))
+
+
+def feed_worker(folder: Path, *, place: int, nbytes: int, messages: int, device: str) -> Report:
+    """Copies the tensor over and over; GB/s of each copy by phase."""
+    fed = _Device(device, place, nbytes)
+    rates: dict[str, list[float]] = {}
+    with contextlib.ExitStack() as stack:
+        link = _far(folder, place, "one copy", stack)
+        body = link.receive()
+        ring = body["data"].numpy().view(np.uint8)
+        fed.copy(ring)
+        fed.check(0, body["crc"])
+        link.send({"n": 0})
+        for number_, phase in enumerate(PHASES, start=1):
+            link.receive()
+            if phase != "alone" or place == 0:
+                array = fed.pinned if phase == "pinned" else ring
+                rates[f"{phase} {place}"] = [_rate(fed, array) for _ in range(messages)]
+            link.send({"n": number_})
+        del body, ring, array
+    return Report(values=rates, verified=1 + len(PHASES))
+
+
+def _rate(fed: _Device, array: Bytes) -> float:
+    start = time.perf_counter()
+    fed.copy(array)
+    return float(array.nbytes) / (time.perf_counter() - start) / 1e9
+
+
+worker0, worker1 = partial(worker, place=0), partial(worker, place=1)
+feed_worker0, feed_worker1 = partial(feed_worker, place=0), partial(feed_worker, place=1)
+
+
+# ---------------------------------------------------------------------- rows and tables
+
+
+def _rows(quick: bool) -> list[Row]:
+    device = "cuda" if torch.cuda.device_count() >= WORKERS else "cpu"
+    rows = []
+    for nbytes, messages in (QUICK_SIZES if quick else SIZES).items():
+        common: dict[str, Json] = {"nbytes": nbytes, "messages": messages, "device": device}
+        rows += [
+            Row(name=_name(way, nbytes), parts=_parts(""), arguments={"way": way, **common}) for way in WAYS
+        ]
+        rows.append(Row(name=_name("feed", nbytes), parts=_parts("feed_"), arguments=common))
+    return rows
+
+
+def _parts(kind: str) -> dict[str, str]:
+    names = ["near", *(f"worker{place}" for place in range(WORKERS))]
+    return {name: f"bench.tensor_parallel:{kind}{name}" for name in names}
+
+
+def _name(what: str, nbytes: int) -> str:
+    return f"{what} {nbytes // MIB} MiB"
+
+
+Measure = Callable[[Mapping[str, Json]], float]
+
+
+def _slowest(phase: str) -> Measure:
+    """GB/s of the worker that is fed most slowly."""
+
+    def measure(values: Mapping[str, Json]) -> float:
+        series = [numbers(value) for name, value in values.items() if name.startswith(f"{phase} ")]
+        return min(statistics.median(rates) for rates in series)
+
+    return measure
+
+
+def _ratio(values: Mapping[str, Json]) -> float:
+    return _slowest("ring")(values) / _slowest("pinned")(values)
+
+
+def _cell(result: Result, measure: Measure) -> str:
+    return FAILED if result.failure is not None else figure(result.spread(measure))
+
+
+def _show(results: Sequence[Result]) -> list[Grid]:
+    by_name = {result.row.name: result for result in results}
+    ways, copies, fed, notes = [], [], [], []
+    for nbytes in [nbytes for nbytes in SIZES if _name(WAYS[0], nbytes) in by_name]:
+        size, row = f"{nbytes // MIB} MiB", [by_name[_name(way, nbytes)] for way in WAYS]
+        ways.append([size, *(_cell(r, lambda values: statistics.median(numbers(values["ms"]))) for r in row)])
+        copies.append([size, *(_cell(r, lambda values: number(values["copies"])) for r in row)])
+        feed = by_name[_name("feed", nbytes)]
+        fed.append([size, *(_cell(feed, _slowest(phase)) for phase in PHASES), _cell(feed, _ratio)])
+        if feed.failure is None and feed.row.arguments["device"] == "cuda":
+            ratio = feed.spread(_ratio).median
+            met = "met" if ratio >= AIM else "MISSED"
+            notes.append(f"aim: every GPU at {AIM:.0%} of pinned, all at once. {size}: {ratio:.1%}: {met}.")
+    device = next((str(result.row.arguments["device"]) for result in results), "cpu")
+    return [
+        Grid(
+            title=f"tensor-parallel: until {WORKERS} workers ({device}) have it, ms",
+            columns=["", *WAYS],
+            rows=ways,
+        ),
+        Grid(title="tensor-parallel: how often a payload is written", columns=["", *WAYS], rows=copies),
+        Grid(
+            title="tensor-parallel: the worker fed most slowly, GB/s",
+            columns=["", *PHASES, "ring to pinned"],
+            rows=fed,
+            notes=notes,
+        ),
+    ]
+
+
+BENCHMARK = Benchmark(
+    title="one payload for several workers: copies, time until all have it, rate of each device",
+    method=METHOD,
+    rows=_rows,
+    show=_show,
+)

@@ -1,0 +1,61 @@
+"""What `--model` names: the built-in encoder, somebody's own class, or a folder; and what prepares images."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from engine.config import EngineConfig
+from engine.loading import Patches, Processor
+from engine.model import Model, ModelError, load_model
+
+
+def choose_model(config: EngineConfig) -> Model:
+    """The model of a configuration, not loaded.
+
+    Raises:
+        ModelError: there is no such model, or it can't do what was asked for.
+    """
+    folder = folder_of(config.model)
+    if folder is not None:
+        from engine.huggingface import FolderModel
+
+        return FolderModel(folder, generate=config.generate, max_tokens=config.max_tokens)
+    if config.generate is not None:
+        raise ModelError(f"--generate needs a model from a folder; {config.model!r} only makes embeddings")
+    return load_model(config.model)
+
+
+def choose_processor(config: EngineConfig) -> Processor:
+    """What makes tensors of photographs for that model.
+
+    Raises:
+        ModelError: as `choose_model`.
+    """
+    folder = folder_of(config.model)
+    if folder is None:
+        return Patches(megapixels=config.megapixels)
+    from engine.huggingface import FolderProcessor
+
+    return FolderProcessor(folder, megapixels=config.megapixels)
+
+
+def folder_of(model: str) -> Path | None:
+    """The folder that `--model` names, or None where it names no folder.
+
+    Raises:
+        ModelError: there is none, it holds no model, or what reads it isn't installed.
+    """
+    path = Path(model).expanduser()
+    if model == "builtin" or (os.sep not in model and not path.is_dir()):
+        return None
+    if not path.is_dir():
+        raise ModelError(f"model {model!r}: there is no such folder")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"model {model!r}: this folder has no config.json, so it holds no model")
+    if find_spec("transformers") is None:
+        raise ModelError(
+            f'model {model!r}: a folder is read by transformers; pip install "tensorferry[huggingface]"'
+        )
+    return path.absolute()
