@@ -41,8 +41,11 @@ RANKS: dict[str, list[set[str]]] = {
     "engine": [
         {"console", "errors", "images", "options", "parallel", "segments", "signals"},
         {"config", "loading", "model", "ps", "results", "staging", "sweep", "top"},
-        {"doctor", "output", "protocol", "report"},
+        {"doctor", "environment", "output", "protocol", "report"},
         {"job", "launch", "worker"},
+        {"headless"},
+        {"cluster"},
+        {"fleet"},
         {"dispatch"},
         {"client"},
         {"cli"},
@@ -67,6 +70,7 @@ LIBRARIES = {
     "engine": {"PIL", "click", "msgspec", "numpy", "rich", "safetensors", "torch"},
 }
 MORE_LIBRARIES = {
+    "engine.cluster": {"ray"},  # an optional extra, imported when it is asked for
     "engine.doctor": {"zmq"},  # its version, and that of the library in it
     "shm.columns": {"numpy"},
     "shm.ledger": {"numpy"},

@@ -108,7 +108,12 @@ def test_a_worker_that_does_not_come_is_named(tmp_path: Path) -> None:
 def engine() -> Iterator[Engine]:
     """Two ranks of two workers; the last test that uses it ends them all."""
     config = EngineConfig(
-        data_parallel_size=2, tensor_parallel_size=2, images_per_prompt=3, model=DIVIDED, inline_below_kb=0
+        data_parallel_size=2,
+        tensor_parallel_size=2,
+        images_per_prompt=3,
+        model=DIVIDED,
+        inline_below_kb=0,
+        rank_restarts=0,
     )
     with Engine(config) as engine:
         assert not any(result.error for result in engine.encode([picture(0)] * 6))  # the ring is there
@@ -155,7 +160,9 @@ class TestTogether:
 
 
 def test_a_stopped_worker_ends_its_rank_when_the_time_is_over() -> None:
-    config = EngineConfig(tensor_parallel_size=2, images_per_prompt=1, model=DIVIDED, request_timeout=1.5)
+    config = EngineConfig(
+        tensor_parallel_size=2, images_per_prompt=1, model=DIVIDED, request_timeout=1.5, rank_restarts=0
+    )
     with Engine(config) as engine:
         victim = engine.peers[0].workers[1]
         os.kill(victim.pid, signal.SIGSTOP)
