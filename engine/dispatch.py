@@ -168,6 +168,8 @@ class Dispatcher:
             pass
         # After receiving: an answer that a rank sent before it died counts.
         self._look_for_gone()
+        if self._started and not any(map(self._may_serve, self._ranks.values())):
+            self._give_up()
         self._look_for_overdue()
         self._send_waiting()
 
@@ -198,7 +200,8 @@ class Dispatcher:
     def _came(self, rank: _Rank, worker: _Worker, joined: Joined) -> None:
         if worker.joined is not None and not rank.gone:
             self._lose(rank, worker, "was replaced by a new process before its end was seen")
-        worker.joined, worker.host, worker.linked = joined, joined.host, True
+        worker.joined, worker.linked = joined, True
+        worker.host, worker.pid = joined.host, joined.pid
         if joined.serves != self._here.serves:
             with suppress(transport.TransportError):
                 self._front.send(Stop(), to=worker.process.name, timeout=_STOP_TIMEOUT)
@@ -265,12 +268,10 @@ class Dispatcher:
             peer = peers.get(name)
             # The link of one that was just killed may still be there when another takes its place.
             if peer and worker.process.pid in (0, peer.pid):
-                worker.linked, worker.pid = True, peer.pid
+                worker.linked = True
                 worker.near = peer.backend.startswith("shm")
             elif worker.linked or (rank.expected and not worker.process.running):
                 self._lose(rank, worker, self._fate(worker))
-        if self._started and not any(map(self._may_serve, self._ranks.values())):
-            self._give_up()
 
     def _may_serve(self, rank: _Rank) -> bool:
         return not rank.gone or (rank.expected and time.monotonic() - rank.since < self._patience)
@@ -344,7 +345,10 @@ class Dispatcher:
         )
 
     def status(self) -> list[RankStatus]:
-        """Every rank, those that are gone included."""
+        """Every rank as it is now, those that are gone included."""
+        while self._receive(0.0):
+            pass
+        self._look_for_gone()
         peers = {peer.name: peer for peer in self._front.peers}
         found = []
         for name, rank in self._ranks.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class Joined(msgspec.Struct, tag=True, frozen=True):
     """
 
     host: str
+    pid: int
     boot: str
     serves: str
 
@@ -36,7 +38,8 @@ class Joined(msgspec.Struct, tag=True, frozen=True):
         """What a process of this host says, and what its head compares it with."""
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         sizes = f"{config.data_parallel_size} × {config.tensor_parallel_size}"
-        return cls(socket.gethostname(), boot, f"{config.model} with seed {config.seed} on {sizes} workers")
+        serves = f"{config.model} with seed {config.seed} on {sizes} workers"
+        return cls(socket.gethostname(), os.getpid(), boot, serves)
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
