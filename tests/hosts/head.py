@@ -13,13 +13,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import click
 
 from engine import Engine, EngineConfig, EngineError
-from engine.images import sample_photographs
+from engine.images import open_image, sample_photographs
 from engine.options import options
+from tests.engine.pictures import expected
 from tests.hosts.namespaces import Host
 
 MODEL = "tests.engine.models:Checksum"
@@ -55,6 +57,19 @@ class Head:
         """Let it close; what it wrote to its standard error."""
         _, said = self.process.communicate()
         return str(said)
+
+
+@cache
+def sums() -> list[list[float]]:
+    return [expected(open_image(path), megapixels=0.05).tolist() for path in sample_photographs()]
+
+
+def check(results: list[dict[str, Any]]) -> set[str]:
+    """Every result has the bytes of its photograph, in order; the ranks that answered."""
+    for number, result in enumerate(results):
+        assert result["error"] == ""
+        assert result["embedding"] == sums()[number % len(sums())]
+    return {result["rank"] for result in results}
 
 
 @contextmanager

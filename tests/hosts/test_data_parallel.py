@@ -9,14 +9,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import pytest
 
-from engine.images import open_image, sample_photographs
-from tests.engine.pictures import expected
-from tests.hosts.head import MODEL, Head, head_on
+from tests.hosts.head import MODEL, Head, check, head_on
 from tests.hosts.namespaces import Host, two_hosts
 
 pytestmark = pytest.mark.netns
@@ -36,19 +33,6 @@ def headless(far: Host, head: Host, *flags: str) -> Iterator[subprocess.Popen[st
     command = [sys.executable, "-m", "engine", "run", "--headless", "-dpr", "1", "--model", MODEL]
     with far.run([*command, *TWO, "--data-parallel-address", head.address, *flags]) as process:
         yield process
-
-
-@cache
-def sums() -> list[list[float]]:
-    return [expected(open_image(path), megapixels=0.05).tolist() for path in sample_photographs()]
-
-
-def check(results: list[dict[str, Any]]) -> set[str]:
-    """Every result has the bytes of its photograph, in order; the ranks that answered."""
-    for number, result in enumerate(results):
-        assert result["error"] == ""
-        assert result["embedding"] == sums()[number % len(sums())]
-    return {result["rank"] for result in results}
 
 
 def remote(head: Head) -> dict[str, Any]:
