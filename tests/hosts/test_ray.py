@@ -1,4 +1,4 @@
-"""Ranks that Ray places: a real cluster of two nodes, each on a host of its own, and what is said without Ray."""
+"""Ranks that Ray places: a real cluster of two nodes, each on a host of its own; and no Ray at all."""
 
 from __future__ import annotations
 
