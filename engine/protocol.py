@@ -84,7 +84,8 @@ def transport_config(config: EngineConfig, *, replies: bool = False) -> transpor
     replies: those of a rank, whose small answers need no ring of its own.
     """
     theirs = {field.name for field in dataclasses.fields(transport.TransportConfig)}
-    same = {item.name: getattr(config, item.name) for item in options_of(type(config)) if item.name in theirs}
+    ours = {item.name: getattr(config, item.name) for item in options_of(type(config))}
+    same = {name: value for name, value in ours.items() if name in theirs and value is not None}
     backend = config.tensor_transport
     return transport.TransportConfig(
         backend="auto" if replies and backend == "shm" else backend,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 from engine import ConfigError, EngineConfig
 from engine.environment import first_node, placed
 from tests.engine.pictures import expected, picture, save
-from tests.engine.processes import ROOT, python, ran
+from tests.engine.processes import ROOT, python
 
 TORCHRUN = {
     "RANK": "2",
@@ -118,12 +117,11 @@ def test_torchrun_places_the_ranks(tmp_path: Path) -> None:
     save(tmp_path, 12)
     document = tmp_path / "out.json"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = ran(
-        [*torchrun, *RUN, str(tmp_path), "--images-per-prompt", "1", "--json", str(document)],
-        {**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "rank 1: the head ended its run" in done.stderr
+    wanted = [str(tmp_path), "--images-per-prompt", "1", "--json", str(document)]
+    with python(*torchrun, *RUN, *wanted) as process:
+        _, said = process.communicate()
+    assert process.returncode == 0, said
+    assert "rank 1: the head ended its run" in said
     check(document, ranks=2)
 
 
