@@ -17,6 +17,7 @@ from engine.options import ConfigError
 
 if TYPE_CHECKING:
     from engine.client import Engine
+    from engine.headless import Headless
     from engine.results import RankStatus, Result, Statistics
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "EngineError",
+    "Headless",
     "NoRankLeft",
     "OutputError",
     "RankStatus",
@@ -39,6 +41,10 @@ def __getattr__(name: str) -> Any:
         from engine.client import Engine
 
         return Engine
+    if name == "Headless":
+        from engine.headless import Headless
+
+        return Headless
     if name in ("RankStatus", "Result", "Statistics"):
         from engine import results
 

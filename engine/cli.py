@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from engine import signals
 from engine.config import EngineConfig
 from engine.doctor import doctor
+from engine.environment import placed
 from engine.errors import EngineError, OutputError
 from engine.options import ConfigError, options, options_of
 from engine.ps import ps
@@ -66,13 +67,20 @@ def run(
 ) -> int:
     """Encode photographs on worker processes, and show which way every byte went.
 
-    Without IMAGES, the photographs that come with scikit-image are taken.
+    Without IMAGES, the photographs that come with scikit-image are taken. With --headless there are none:
+    this host serves the head, which has them.
     """
     config = EngineConfig.load(flags, environ=os.environ, file=config_file)
+    if config.headless and (images or json_file or output):
+        raise click.UsageError("--headless takes no images and writes no results: the head does")
+    if config.data_parallel_backend == "env":
+        config = placed(config, os.environ)
     if print_config:
         click.echo(config.to_toml(), nl=False)
         return 0
     _log_to_stderr(config.log_level)
+    if config.headless:
+        return _serve(config)
     _check_targets(json_file, output)
     files = _find(images)
     outcome = _encode(config, _repeated(files, config))
@@ -81,6 +89,17 @@ def run(
     finally:
         _show(outcome)
     return outcome.exit_code
+
+
+def _serve(config: EngineConfig) -> int:
+    from engine.headless import Headless
+
+    host = Headless(config)
+    numbers = ", ".join(map(str, config.local_ranks))
+    _say(f"rank {numbers} for the head at {host.address}, waiting up to {config.head_timeout:g} s for it")
+    host.run()
+    _say(f"rank {numbers}: the head ended its run")
+    return 0
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -16,8 +17,8 @@ from engine.catalog import choose_processor
 from engine.config import EngineConfig
 from engine.dispatch import Dispatcher
 from engine.errors import EngineError, NoRankLeft, StartError
+from engine.fleet import Fleet
 from engine.job import Job, message_bytes, nbytes_of, split
-from engine.launch import Ranks
 from engine.loading import Loader, Photograph, Processor, Source
 from engine.model import ModelError
 from engine.protocol import FRONT, Stop, transport_config
@@ -35,6 +36,7 @@ from engine.results import (
 
 _T = TypeVar("_T")
 _STOP_TIMEOUT = 0.5
+_ID_BITS = 60
 
 
 class Engine:
@@ -54,28 +56,27 @@ class Engine:
     def __init__(self, config: EngineConfig | None = None) -> None:
         self.config = config or EngineConfig()
         self._message_bytes = message_bytes(self.config, self.config.ring_bytes)
-        self._ids = itertools.count(1)
+        # From somewhere else in every engine: a rank may still answer what an earlier head has asked.
+        self._ids = itertools.count(secrets.randbits(_ID_BITS))
         self._images = self._failed = 0
         self._made = self._lent = 0
         self._seconds = 0.0
         self._closed = False
         self._final: Statistics | None = None
-        self._ranks = Ranks(self.config)
+        self._fleet = Fleet(self.config)
         self._stack = ExitStack()
         try:
             self._front = self._listen()
             self._stack.callback(self._front.close)
-            self._ranks.start()
+            self._fleet.start(self._front.addresses)
             # While the ranks load the model: what stands before it may take seconds to import, too.
             self._loader = Loader(self._processor(), ahead=self.config.images_per_prompt)
             self._stack.callback(self._loader.close)
-            self._dispatcher = Dispatcher(
-                self._front, self._ranks.processes, request_timeout=self.config.request_timeout
-            )
+            self._dispatcher = Dispatcher(self._front, self._fleet, self.config)
             self._dispatcher.wait_until_ready(self.config.startup_timeout)
         except BaseException:
             self._closed = True
-            self._ranks.stop(polite=False)
+            self._fleet.stop(polite=False)
             self._stack.close()
             raise
 
@@ -87,7 +88,7 @@ class Engine:
 
     def _listen(self) -> transport.Endpoint:
         try:
-            front = transport.listen(self._ranks.address, name=FRONT, config=transport_config(self.config))
+            front = transport.listen(self._fleet.addresses, name=FRONT, config=transport_config(self.config))
         except transport.TransportError as error:
             raise StartError(str(error)) from error
         if self.config.tensor_transport == "shm":
@@ -203,6 +204,7 @@ class Engine:
         ways = bytes_by_backend(backend, name=name, sent=sent)
         return Statistics(
             requests=self._dispatcher.requests,
+            late=self._dispatcher.late,
             images=self._images,
             failed=self._failed,
             image_bytes=self._made,
@@ -235,7 +237,7 @@ class Engine:
                         workers = [worker.name for worker in rank.workers]
                         self._front.send(Stop(), to=workers, timeout=_STOP_TIMEOUT)
         finally:
-            self._ranks.stop()
+            self._fleet.stop()
             self._stack.close()
 
     def __enter__(self) -> Self:
@@ -247,7 +249,7 @@ class Engine:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{len(self._ranks.processes)} ranks"
+        state = "closed" if self._closed else f"{len(self._fleet.members)} ranks"
         return f"<Engine {self.config.model!r}, {self.config.tensor_transport}, {state}>"
 
 

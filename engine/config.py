@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from engine.options import Settings, option
+from engine.options import ConfigError, Settings, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,59 @@ class EngineConfig(Settings):
         minimum=1,
         short="-dp",
         help="Number of data-parallel ranks, each with its own copy of the model.",
+    )
+    data_parallel_size_local: int | None = option(
+        None,
+        minimum=0,
+        short="-dpl",
+        help="How many of the ranks this host starts; the others come from other hosts. Unset: all.",
+    )
+    data_parallel_start_rank: int = option(
+        0,
+        minimum=0,
+        short="-dpr",
+        help="With --headless, the first of the ranks of this host.",
+    )
+    data_parallel_rank_local: int = option(
+        0,
+        minimum=0,
+        help="The place of the first rank here among all of its host, which chooses its GPU.",
+    )
+    data_parallel_address: str | None = option(
+        None,
+        short="-dpa",
+        help="Where the head listens for ranks of other hosts; unset: 127.0.0.1, with ray the node's own.",
+    )
+    data_parallel_rpc_port: int = option(
+        29550,
+        minimum=0,
+        maximum=65535,
+        short="-dpp",
+        help="The port there; 0, for the head with ray: any that is free.",
+    )
+    data_parallel_backend: Literal["mp", "ray", "env"] = option(
+        "mp",
+        short="-dpb",
+        help="Who places ranks: this command and --headless ones, Ray, or the environment (torchrun, SLURM).",
+    )
+    headless: bool = option(
+        False,
+        help="Only start ranks of this host, for the head at --data-parallel-address.",
+    )
+    head_timeout: float = option(
+        300.0,
+        unit="seconds",
+        minimum=0.001,
+        help="How long ranks of another host wait for the head, at the start and after they lost it.",
+    )
+    rank_restarts: int = option(
+        3,
+        minimum=0,
+        help="How often a rank that died is started again, where it was and while the others go on.",
+    )
+    insecure: bool = option(
+        False,
+        help="Allow ranks of other hosts without encryption, on a network that you trust.",
     )
     tensor_parallel_size: int = option(
         1,
@@ -111,6 +164,34 @@ class EngineConfig(Settings):
         "warning",
         help="The least severe messages that go to standard error.",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size, local = self.data_parallel_size, self.data_parallel_size_local
+        if self.data_parallel_start_rank and not self.headless and self.data_parallel_backend != "env":
+            raise ConfigError(
+                "data_parallel_start_rank is for --headless: the head's own ranks are the first"
+            )
+        if self.headless and self.data_parallel_backend == "ray":
+            raise ConfigError("headless: Ray starts the ranks of other nodes by itself; run the head alone")
+        if self.headless and not self.local_ranks:
+            raise ConfigError(
+                f"headless: no rank is left for this host (data_parallel_size {size}, "
+                f"data_parallel_start_rank {self.data_parallel_start_rank}, data_parallel_size_local {local})"
+            )
+        if local is not None and self.data_parallel_start_rank + local > size:
+            raise ConfigError(
+                f"data_parallel_size_local = {local}: with data_parallel_start_rank "
+                f"{self.data_parallel_start_rank} that is more than data_parallel_size, {size}"
+            )
+
+    @property
+    def local_ranks(self) -> range:
+        """The numbers of the ranks that this process starts; with Ray none."""
+        start, local = self.data_parallel_start_rank, self.data_parallel_size_local
+        if self.data_parallel_backend == "ray":
+            return range(0)
+        return range(start, self.data_parallel_size if local is None else start + local)
 
     @property
     def ring_bytes(self) -> int:

@@ -9,31 +9,54 @@ import logging
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import transport
+from engine.config import EngineConfig
 from engine.errors import NoRankLeft, StartError
+from engine.fleet import Fleet, Member
 from engine.job import OUTSTANDING, Job
-from engine.launch import RankProcess
-from engine.protocol import Ready, Reply
+from engine.protocol import Joined, Ready, Reply, Stop
 from engine.results import RankStatus, WorkerStatus
 
 _log = logging.getLogger("tensorferry.engine")
 
 _LOOK_EVERY = 0.1
 _FATE_TIMEOUT = 1.0
+_STOP_TIMEOUT = 0.5
+_SAY_EVERY = 10.0
 _REMEMBERED_HOPS = 10_000
 
 
 @dataclass(eq=False)
 class _Worker:
-    process: RankProcess
+    """near: it reads this process's memory. joined: what the process behind the name said first."""
+
+    process: Member
     linked: bool = False
+    pid: int = 0
+    host: str = ""
+    near: bool = False
+    joined: Joined | None = None
     device: str = ""
 
+    def replaced_by(self, process: Member) -> None:
+        """What was known of the old one holds no more, but for where it was."""
+        self.process, self.linked, self.near, self.joined, self.device = process, False, False, None, ""
+        self.pid = process.pid or self.pid
+
+    def missing(self, addresses: Sequence[str]) -> str:
+        """Why it isn't ready."""
+        if self.linked:
+            return f"{self} is still loading the model"
+        where = "" if self.process.pid else f" to {' or '.join(addresses)}"
+        return f"{self} has not connected{where}"
+
     def __str__(self) -> str:
-        return f"{self.process.name} (pid {self.process.pid})"
+        name, host = self.process.name, f" on {self.host}" if self.host and not self.process.pid else ""
+        return f"{name} (pid {self.pid}{host})" if self.pid else f"{name} (of another host)"
 
 
 @dataclass(eq=False)
@@ -42,6 +65,8 @@ class _Rank:
 
     workers: list[_Worker]
     gone: str = ""
+    since: float = 0.0  # when it went
+    expected: bool = True  # whether it may come, or come back
     requests: int = 0
     outstanding: dict[int, Job] = field(default_factory=dict)
 
@@ -58,6 +83,10 @@ class _Rank:
         return all(worker.device for worker in self.workers)
 
     @property
+    def near(self) -> bool:
+        return all(worker.near for worker in self.workers)
+
+    @property
     def free(self) -> bool:
         return self.ready and not self.gone and len(self.outstanding) < OUTSTANDING
 
@@ -68,41 +97,45 @@ class _Rank:
 class Dispatcher:
     """Knows the ranks, what each has outstanding, and which are gone."""
 
-    def __init__(
-        self,
-        front: transport.Endpoint,
-        processes: Mapping[str, Sequence[RankProcess]],
-        *,
-        request_timeout: float,
-    ) -> None:
+    def __init__(self, front: transport.Endpoint, fleet: Fleet, config: EngineConfig) -> None:
         self._front = front
-        self._ranks = {name: _Rank([_Worker(one) for one in workers]) for name, workers in processes.items()}
+        self._fleet = fleet
+        self._ranks = {
+            name: _Rank([_Worker(one, pid=one.pid) for one in members])
+            for name, members in fleet.members.items()
+        }
         self._workers = {
             worker.process.name: (rank, worker) for rank in self._ranks.values() for worker in rank.workers
         }
-        self._timeout = request_timeout
+        self._timeout = config.request_timeout
+        self._patience = config.startup_timeout
+        self._here = Joined.here(config)
+        self._started = False
         self._again: deque[Job] = deque()
         self.hops: deque[int] = deque(maxlen=_REMEMBERED_HOPS)
         self.requests = 0
+        self.late = 0
         self.nbytes = 0
 
     # ------------------------------------------------------------------ start
 
     def wait_until_ready(self, timeout: float) -> None:
-        """Until every worker of every rank has loaded its model.
+        """Until every worker of every rank has loaded its model. Those of other hosts may come and go.
 
         Raises:
             StartError: one could not, died before, or is not ready in time.
         """
-        deadline = time.monotonic() + timeout
+        began = said = time.monotonic()
         while waiting := [worker for _, worker in self._workers.values() if not worker.device]:
-            if time.monotonic() > deadline:
-                states = "; ".join(
-                    f"{worker} {'is still loading the model' if worker.linked else 'has not connected'}"
-                    for worker in waiting
-                )
-                raise StartError(f"not ready within {timeout:g} s (startup_timeout): {states}")
+            now = time.monotonic()
+            if now - min(began + timeout, said + _SAY_EVERY) > 0:
+                states = "; ".join(worker.missing(self._front.addresses[-1:]) for worker in waiting)
+                if now > began + timeout:
+                    raise StartError(f"not ready within {timeout:g} s (startup_timeout): {states}")
+                _log.warning("waiting for %.0f s, %g at most: %s", now - began, timeout, states)
+                said = now
             self.progress()
+        self._started = True
 
     # ------------------------------------------------------------------ work
 
@@ -135,12 +168,14 @@ class Dispatcher:
             pass
         # After receiving: an answer that a rank sent before it died counts.
         self._look_for_gone()
+        if self._started and not any(map(self._may_serve, self._ranks.values())):
+            self._give_up()
         self._look_for_overdue()
         self._send_waiting()
 
     def _receive(self, seconds: float) -> bool:
         try:
-            message = self._front.receive(Ready | Reply, timeout=seconds)
+            message = self._front.receive(Joined | Ready | Reply, timeout=seconds)
         except transport.Timeout:
             return False
         except (transport.ProtocolError, transport.PeerGone) as error:
@@ -151,14 +186,29 @@ class Dispatcher:
             _log.error("%r is none of the ranks; what it sent is ignored", message.sender)
         elif isinstance(message.body, Reply):
             self._answered(rank, message.body)
+        elif isinstance(message.body, Joined):
+            self._came(rank, worker, message.body)
         elif message.body.error:
             self._cannot_serve(rank, worker, message.body.error)
         else:
             worker.device = message.body.device
+            if rank.ready and rank.gone:
+                _log.warning("%s is back", rank)
+                rank.gone = ""
         return True
 
+    def _came(self, rank: _Rank, worker: _Worker, joined: Joined) -> None:
+        if worker.joined is not None and not rank.gone:
+            self._lose(rank, worker, "was replaced by a new process before its end was seen")
+        worker.joined, worker.linked = joined, True
+        worker.host, worker.pid = joined.host, joined.pid
+        if joined.serves != self._here.serves:
+            with suppress(transport.TransportError):
+                self._front.send(Stop(), to=worker.process.name, timeout=_STOP_TIMEOUT)
+            self._cannot_serve(rank, worker, f"it serves {joined.serves}, its head {self._here.serves}")
+
     def _cannot_serve(self, rank: _Rank, worker: _Worker, error: str) -> None:
-        if not rank.ready:
+        if not self._started:
             raise StartError(f"{worker} could not start: {error}")
         # It lost another worker, whose death says more, and may be known a moment later only.
         others = [other for other in rank.workers if other is not worker]
@@ -167,12 +217,15 @@ class Dispatcher:
 
     def _answered(self, rank: _Rank, reply: Reply) -> None:
         job = rank.outstanding.pop(reply.id, None)
-        if job is None:
-            _log.error("%s answers request %d, which it doesn't have; ignored", rank, reply.id)
+        if job is None or job.settled:
+            self.late += 1
+            _log.warning("%s answers a request too late, which went to another or was given up", rank)
             return
         rank.requests += 1
         self.requests += 1
-        self.hops.append(reply.hop_ns)
+        joined = rank.workers[0].joined
+        if joined is not None and joined.boot == self._here.boot:  # else its clock is another
+            self.hops.append(reply.hop_ns)
         errors = {place: f"{rank}: {why}" for place, why in reply.errors.items()}
         job.settle(reply.embeddings, errors, reply.texts)
 
@@ -181,8 +234,9 @@ class Dispatcher:
             free = [rank for rank in self._ranks.values() if rank.free]
             if not free:
                 return
-            # Equal ranks take turns, so that a slow start of one doesn't leave the others idle.
-            rank = min(free, key=lambda rank: (rank.nbytes, rank.requests))
+            # Of equal ranks the near ones first, since they read in place; then they take turns, so that
+            # a slow start of one doesn't leave the others idle.
+            rank = min(free, key=lambda rank: (rank.nbytes, not rank.near, rank.requests))
             job = self._again[0]
             if self._send(job, rank):
                 self._again.popleft()
@@ -210,17 +264,18 @@ class Dispatcher:
     # ------------------------------------------------------------------ who is gone or late
 
     def _look_for_gone(self) -> None:
-        linked = {peer.name for peer in self._front.peers}
+        peers = {peer.name: peer for peer in self._front.peers}
         for name, (rank, worker) in self._workers.items():
-            if name in linked:
+            peer = peers.get(name)
+            # The link of one that was just killed may still be there when another takes its place.
+            if peer and worker.process.pid in (0, peer.pid):
                 worker.linked = True
-            elif not rank.gone and (worker.linked or not worker.process.running):
+                worker.near = peer.backend.startswith("shm")
+            elif worker.linked or (rank.expected and not worker.process.running):
                 self._lose(rank, worker, self._fate(worker))
-        if self._ranks and all(rank.gone for rank in self._ranks.values()) and self._had_started():
-            self._give_up()
 
-    def _had_started(self) -> bool:
-        return any(rank.ready for rank in self._ranks.values())
+    def _may_serve(self, rank: _Rank) -> bool:
+        return not rank.gone or (rank.expected and time.monotonic() - rank.since < self._patience)
 
     def _fate(self, worker: _Worker) -> str:
         # The connection ends a moment before the process can be asked how it ended.
@@ -230,21 +285,34 @@ class Dispatcher:
 
     def _lose(self, rank: _Rank, culprit: _Worker, fate: str) -> None:
         """The rank is at its end since one of its workers is, and its requests go to others."""
-        if not rank.ready:
+        if not self._started and not culprit.process.running:
             words = culprit.process.last_words()
             said = f"; it wrote: {words}" if words else ""
             raise StartError(f"{culprit} {fate} before it was ready{said}")
         rank.gone = fate if culprit is rank.workers[0] else f"ended with {culprit}, which {fate}"
+        rank.since = time.monotonic()
         self._end_together(rank)
         orphans = [job for job in rank.outstanding.values() if not job.settled]
         rank.outstanding.clear()
         _log.error("%s %s; %d requests go to the others", rank, rank.gone, len(orphans))
+        self._replace(rank)
         for job in orphans:
             if job.lost:
                 job.fail(f"{' and '.join([*job.lost, f'{rank} {rank.gone}'])} while it had this request")
             else:
                 job.lost.append(f"{rank} {rank.gone}")
                 self._again.append(job)
+
+    def _replace(self, rank: _Rank) -> None:
+        """Another process may take the place of each worker, started here or where they were."""
+        try:
+            members = self._fleet.restart(rank.workers[0].process.name)
+        except StartError as error:
+            _log.error("%s is not started again: %s", rank, error)
+            members = None
+        rank.expected = members is not None
+        for worker, member in zip(rank.workers, members or [w.process for w in rank.workers], strict=True):
+            worker.replaced_by(member)
 
     def _end_together(self, rank: _Rank) -> None:
         """SIGKILL, since they may be in a sum that nothing else ends, on a GPU."""
@@ -278,7 +346,10 @@ class Dispatcher:
         )
 
     def status(self) -> list[RankStatus]:
-        """Every rank, those that are gone included."""
+        """Every rank as it is now, those that are gone included."""
+        while self._receive(0.0):
+            pass
+        self._look_for_gone()
         peers = {peer.name: peer for peer in self._front.peers}
         found = []
         for name, rank in self._ranks.items():
@@ -290,7 +361,8 @@ class Dispatcher:
 def _status(worker: _Worker, peer: transport.PeerInfo | None) -> WorkerStatus:
     return WorkerStatus(
         name=worker.process.name,
-        pid=worker.process.pid,
+        pid=worker.pid,
+        host=worker.host,
         address=peer.address if peer else "",
         device=worker.device,
         backend=peer.backend if peer else "",

@@ -23,3 +23,8 @@ class NoRankLeft(EngineError):
 
 class OutputError(EngineError):
     """A file of results can't be written; the message says which and why."""
+
+
+# Exit codes of a rank's worker: 0 when it was told to leave, 1 when it can't serve.
+NO_HEAD = 74  # nobody to serve was there in time
+HEAD_LOST = 75  # it was linked with a head, and is no more

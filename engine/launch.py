@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from engine.config import EngineConfig
@@ -34,7 +35,7 @@ class RankProcess:
         # -P: a folder or file called `engine` where the user happens to be must not be taken for ours.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "engine.worker", *arguments],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # nothing is ever written: that it ends tells the worker that we are gone
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=_environment(),
@@ -61,6 +62,11 @@ class RankProcess:
             return f"was killed by {_signal_name(-code)}"
         return "exited" if code == 0 else f"exited with code {code}"
 
+    @property
+    def code(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self._process.poll()
+
     def last_words(self) -> str:
         """The last line that it wrote, once it has ended."""
         self._reader.join(timeout=1.0)
@@ -77,9 +83,11 @@ class RankProcess:
         self._process.send_signal(number)
 
     def finish(self) -> None:
-        """Give back what is left of an ended process: its pipe and the thread that reads it."""
+        """Give back what is left of an ended process: its pipes and the thread that reads one."""
         self._reader.join(timeout=1.0)
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self._process.stdin.close()
         # A grandchild may keep the other end open: then the daemon thread keeps the pipe.
         if not self._reader.is_alive():
             self._process.stdout.close()
@@ -92,17 +100,21 @@ class RankProcess:
             print(f"[{self.name}] {text}", file=sys.stderr, flush=True)
 
 
-class Ranks:
-    """The ranks of this host, `rank0` to `rankN-1`, and the private folder with the socket they come to.
+class LocalRanks:
+    """The ranks of this host, and a private folder for what they need to find each other and their head.
 
-    processes: by rank, those of its workers, the first of which answers.
+    address: where their head listens; None: at a socket in that folder. patience: for how many seconds each
+    waits for it; 0: it is there already, and they end with it. processes: by rank, those of its workers, the
+    first of which answers.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, address: str | None = None, patience: float = 0.0) -> None:
         self._config = config
+        self._patience = patience
         self._folder = private_folder()
-        self.address = f"ipc://{self._folder}/front.sock"
+        self.address = address or f"ipc://{self._folder}/front.sock"
         self.processes: dict[str, list[RankProcess]] = {}
+        self._starts = itertools.count()
 
     def start(self) -> None:
         """Start every worker of every rank. They come to `address`; this waits for nobody.
@@ -110,19 +122,40 @@ class Ranks:
         Raises:
             StartError: the system refuses to make a process; what was started is still to be stopped.
         """
-        file = self._folder / "config.toml"
-        file.write_text(self._config.to_toml(), encoding="utf-8")
-        for number in range(self._config.data_parallel_size):
-            rank, size = f"rank{number}", self._config.tensor_parallel_size
-            self.processes[rank] = []
-            for place, name in enumerate(worker_names(rank, size)):
-                arguments = ["--rank", rank, "--worker", str(place), "--address", self.address]
-                arguments += ["--config", str(file), "--rendezvous", str(self._folder / f"{rank}.meeting")]
-                arguments += ["--gpu", str(number * size + place)]
-                try:
-                    self.processes[rank].append(RankProcess(name, arguments))
-                except OSError as error:
-                    raise StartError(f"{name} could not be started: {error}") from error
+        self._file.write_text(self._config.to_toml(), encoding="utf-8")
+        for number in self._config.local_ranks:
+            self.processes[f"rank{number}"] = []
+            self._start(number)
+
+    def restart(self, rank: str) -> list[RankProcess]:
+        """End what is left of a rank and start it again; its new processes. `StartError` as `start`."""
+        number = next(number for number in self._config.local_ranks if f"rank{number}" == rank)
+        for process in self.processes[rank]:
+            process.send_signal(signal.SIGKILL)
+        for process in self.processes[rank]:
+            process.wait(_KILL)
+            process.finish()
+        self.processes[rank] = []
+        self._start(number)
+        return self.processes[rank]
+
+    @property
+    def _file(self) -> Path:
+        return self._folder / "config.toml"
+
+    def _start(self, number: int) -> None:
+        rank, size = f"rank{number}", self._config.tensor_parallel_size
+        # Never that of an earlier start, where its dead have been.
+        rendezvous = self._folder / f"{rank}.{next(self._starts)}.meeting"
+        place_here = self._config.data_parallel_rank_local + number - self._config.local_ranks.start
+        for place, name in enumerate(worker_names(rank, size)):
+            arguments = ["--rank", rank, "--worker", str(place), "--address", self.address]
+            arguments += ["--config", str(self._file), "--rendezvous", str(rendezvous)]
+            arguments += ["--gpu", str(place_here * size + place), "--patience", str(self._patience)]
+            try:
+                self.processes[rank].append(RankProcess(name, arguments))
+            except OSError as error:
+                raise StartError(f"{name} could not be started: {error}") from error
 
     def stop(self, *, polite: bool = True) -> None:
         """End every process that still runs, and remove the folder.
@@ -155,6 +188,18 @@ class Ranks:
         for process in running:
             process.send_signal(number)
         return self._wait(seconds) if running else []
+
+
+def wait_for_an_end(processes: Sequence[RankProcess], timeout: float) -> None:
+    """Until one of these running processes has ended, or `timeout` seconds are over."""
+    with ExitStack() as stack:
+        watched = []
+        for process in processes:
+            with suppress(ProcessLookupError):
+                watched.append(os.pidfd_open(process.pid))
+                stack.callback(os.close, watched[-1])
+        if len(watched) == len(processes):
+            select.select(watched, [], [], timeout)
 
 
 def private_folder() -> Path:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import socket
+from pathlib import Path
+
 import msgspec
 import torch
 
 import transport
 from engine.config import EngineConfig
+from engine.options import options_of
 
 FRONT = "front"
 
@@ -14,6 +20,26 @@ FRONT = "front"
 def worker_names(rank: str, size: int) -> list[str]:
     """The workers of a rank: the first, which answers, has the rank's own name."""
     return [rank, *(f"{rank}.tp{number}" for number in range(1, size))]
+
+
+class Joined(msgspec.Struct, tag=True, frozen=True):
+    """From each worker of a rank, first: where it is, and what it is about to load.
+
+    boot: of the system it runs on; equal ones have one monotonic clock. serves: what all ranks must agree on.
+    """
+
+    host: str
+    pid: int
+    boot: str
+    serves: str
+
+    @classmethod
+    def here(cls, config: EngineConfig) -> Joined:
+        """What a process of this host says, and what its head compares it with."""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        sizes = f"{config.data_parallel_size} × {config.tensor_parallel_size}"
+        serves = f"{config.model} with seed {config.seed} on {sizes} workers"
+        return cls(socket.gethostname(), os.getpid(), boot, serves)
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
@@ -57,14 +83,19 @@ class Reply(msgspec.Struct, tag=True, frozen=True):
 
 
 def transport_config(config: EngineConfig, *, replies: bool = False) -> transport.TransportConfig:
-    """The transport's settings. `replies`: those of a rank, whose small answers need no ring of its own."""
+    """The transport's settings: its options that the engine has under the same name.
+
+    replies: those of a rank, whose small answers need no ring of its own.
+    """
+    theirs = {field.name for field in dataclasses.fields(transport.TransportConfig)}
+    ours = {item.name: getattr(config, item.name) for item in options_of(type(config))}
+    same = {name: value for name, value in ours.items() if name in theirs and value is not None}
     backend = config.tensor_transport
     stages = replies and config.device != "cpu" and torch.cuda.is_available()
     return transport.TransportConfig(
         backend="auto" if replies and backend == "shm" else backend,
         ring_bytes=config.ring_bytes,
         inline_below=config.inline_below,
-        peer_share=config.peer_share,
-        copy_threads=config.copy_threads,
         cut_through=stages,
+        **same,
     )

@@ -41,7 +41,8 @@ def _images(names: Sequence[str], results: Sequence[Result]) -> Table:
 
 def _ranks(ranks: Sequence[RankStatus]) -> Table:
     table = _table()
-    for name in ("rank", "pid", "device", "requests"):
+    hosts = {rank.host for rank in ranks}  # one is not worth a column
+    for name in ("rank", *(["host"] if len(hosts) > 1 else []), "pid", "device", "requests"):
         table.add_column(name, no_wrap=True, justify="right" if name in ("pid", "requests") else "left")
     table.add_column("backend, and why")
     for rank in ranks:
@@ -51,7 +52,8 @@ def _ranks(ranks: Sequence[RankStatus]) -> Table:
             if rank.error:
                 backend = Text(rank.error if answers else "", style="red")
             requests = str(rank.requests) if answers else ""
-            table.add_row(worker.name, str(worker.pid), worker.device, requests, backend)
+            host = [worker.host] if len(hosts) > 1 else []
+            table.add_row(worker.name, *host, str(worker.pid), worker.device, requests, backend)
     return table
 
 
@@ -61,6 +63,8 @@ def _figures(figures: Statistics) -> Table:
     table.add_column(no_wrap=True)
     table.add_column()
     table.add_row("requests", str(figures.requests))
+    if figures.late:
+        table.add_row("late answers", f"{figures.late}, dropped")
     failed = f", {figures.failed} failed" if figures.failed else ""
     table.add_row("images", f"{figures.images}{failed}")
     table.add_row("image bytes", human(figures.image_bytes))

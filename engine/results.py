@@ -67,6 +67,7 @@ class WorkerStatus:
 
     name: str
     pid: int
+    host: str
     address: str
     device: str
     backend: str
@@ -87,6 +88,10 @@ class RankStatus:
         return self.workers[0].pid
 
     @property
+    def host(self) -> str:
+        return self.workers[0].host
+
+    @property
     def address(self) -> str:
         return self.workers[0].address
 
@@ -103,7 +108,8 @@ class RankStatus:
 class Statistics:
     """Figures of an engine since it started.
 
-    requests: answered ones. images: with an embedding. image_bytes: of the patches that were made.
+    requests: answered ones. late: answers that came when the request had gone to another rank or was given
+    up, and were dropped. images: with an embedding. image_bytes: of the patches that were made.
     bytes_by_backend: of tensors sent, by the way they took. copies: how often the front end wrote each byte
     of them, 1.0 where patches are made in the ring; None before the first. detours: by reason, how many
     messages and bytes did not go the way they should have. seconds: spent in `encode`. hop_p50, hop_p99:
@@ -113,6 +119,7 @@ class Statistics:
     """
 
     requests: int
+    late: int
     images: int
     failed: int
     image_bytes: int

@@ -1,7 +1,8 @@
 """One worker of a rank: takes photographs out of the front end's ring, runs the model, sends embeddings back.
 
 `python -m engine.worker --rank rank0 --address ipc://… --config FILE`, started by `engine.launch`. Of the
-workers that share a model (`tensor_parallel_size`) each gets every request, and the first answers.
+workers that share a model (`tensor_parallel_size`) each gets every request, and the first answers. One whose
+front end is on another host waits for it (`--patience`) and ends with who started it: its standard input.
 
 One thread receives, so that a request is open (on a GPU: copied there) while the model works on the one
 before; the main thread runs the model. How much may wait here is the front end's decision.
@@ -27,10 +28,11 @@ import torch
 import transport
 from engine.catalog import choose_model
 from engine.config import EngineConfig
+from engine.errors import HEAD_LOST, NO_HEAD
 from engine.model import Batch, Model, ModelError, Outputs, load_part
 from engine.options import ConfigError
 from engine.parallel import Parallel, ParallelError, join
-from engine.protocol import FRONT, Ready, Reply, Request, Stop, transport_config, worker_names
+from engine.protocol import FRONT, Joined, Ready, Reply, Request, Stop, transport_config, worker_names
 from engine.staging import Staged, Stager, choose_device, staged
 
 _log = logging.getLogger("tensorferry.worker")
@@ -40,6 +42,8 @@ _WAIT = 10.0
 _SEND_TIMEOUT = 30.0
 # How long the model may still compute for nobody.
 _ORPHAN_GRACE = 10.0
+_REFUSED_NAP = 2.0
+_MOMENT = 0.1
 
 
 class _Opened(NamedTuple):
@@ -63,9 +67,10 @@ class Worker:
         # On the CPU the model reads the views into the ring themselves.
         self._stager = Stager(device) if device.type == "cuda" else None
         self._opened: queue.SimpleQueue[_Opened | None] = queue.SimpleQueue()
+        self._told_to_stop = False
 
-    def run(self) -> None:
-        """Answer requests until the front end says stop or goes.
+    def run(self) -> bool:
+        """Answer requests until the front end says stop, or goes, which is False.
 
         Raises:
             ParallelError: the other workers of this rank can't be reckoned with any more.
@@ -78,6 +83,7 @@ class Worker:
             del opened
             if self._parallel.rank == 0:
                 self._endpoint.send(reply, to=FRONT, timeout=_SEND_TIMEOUT)
+        return self._told_to_stop
 
     def _receive(self) -> None:
         try:
@@ -88,7 +94,7 @@ class Worker:
             self._opened.put(None)
         # A forward pass that never ends must not keep an orphan alive.
         time.sleep(_ORPHAN_GRACE)
-        os._exit(1)
+        os._exit(HEAD_LOST)
 
     def _take_requests(self) -> None:
         while True:
@@ -100,6 +106,7 @@ class Worker:
                 _log.error("a request could not be read: %s", error)
                 continue
             if isinstance(message.body, Stop):
+                self._told_to_stop = True
                 return
             self._opened.put(_Opened(message.body, time.monotonic_ns(), staged(message)))
             del message
@@ -176,30 +183,61 @@ class Place(NamedTuple):
     gpu: int
 
 
-def serve(place: Place, address: str, config: EngineConfig) -> int:
-    """Run one worker; the process's exit code."""
-    # Workers on one host share its cores; each taking all of them makes every one slow.
-    workers = config.data_parallel_size * config.tensor_parallel_size
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
-    settings = transport_config(config, replies=True)
+def serve(place: Place, address: str, config: EngineConfig, *, patience: float = 0.0) -> int:
+    """Run one worker; the process's exit code. patience: how many seconds it waits for the front end."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Workers on one host share its cores; each taking all of them makes every one slow.
+        workers = max(1, len(config.local_ranks)) * config.tensor_parallel_size
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
     name = worker_names(place.rank, config.tensor_parallel_size)[place.worker]
-    with transport.connect(address, name=name, config=settings) as endpoint:
+    try:
+        endpoint = _connected(name, address, config, patience)
+    except transport.TransportError as error:
+        print(error, file=sys.stderr)
+        return NO_HEAD
+    with endpoint:
         try:
+            endpoint.send(Joined.here(config), to=FRONT, timeout=_SEND_TIMEOUT)
             device = choose_device(config.device, place.gpu)
             if device.type == "cuda":
                 torch.cuda.set_device(device)  # for what takes the current one, such as NCCL
             model = choose_model(config)
             parallel = _join(place, device, config)
             load_part(model, device=device, seed=config.seed, parallel=parallel)
-            Worker(endpoint, model, device, parallel).run()
-        except transport.TransportError:
-            raise
+            told_to_stop = Worker(endpoint, model, device, parallel).run()
+        except transport.TransportError as error:
+            print(error, file=sys.stderr)
+            return HEAD_LOST
         except Exception as error:  # noqa: BLE001  # whatever it was, the front end must hear of it
             expected = isinstance(error, ModelError | ParallelError | ValueError)
             endpoint.send(Ready(error=str(error) if expected else _named(error)), to=FRONT)
             return 1
         parallel.leave()
-    return 0
+    return 0 if told_to_stop else HEAD_LOST
+
+
+def _connected(name: str, address: str, config: EngineConfig, patience: float) -> transport.Endpoint:
+    """The link to the front end, once it is there and lets this worker in; `TransportError` else."""
+    settings = transport_config(config, replies=True)
+    deadline = time.monotonic() + patience
+    while True:
+        left = max(_MOMENT, deadline - time.monotonic()) if patience else None
+        try:
+            return transport.connect(address, name=name, config=settings, timeout=left)
+        except transport.PeerGone as error:
+            # That a dead worker of this name is dead may take its head a while to find out.
+            if time.monotonic() > deadline:
+                raise
+            _log.warning("%s; trying again", error)
+            time.sleep(_REFUSED_NAP)
+
+
+def _end_with_who_started_us() -> None:
+    """What started us ended: it would start another worker of our name, or there is nobody to end us."""
+    os.read(0, 1)  # not through sys.stdin, whose lock the end of the interpreter would wait for
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_ORPHAN_GRACE)
+    os._exit(HEAD_LOST)
 
 
 def _join(place: Place, device: torch.device, config: EngineConfig) -> Parallel:
@@ -227,12 +265,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu", type=int, default=0)
     parser.add_argument("--address", required=True)
     parser.add_argument("--config", required=True, type=Path)
+    parser.add_argument("--patience", type=float, default=0.0)
     given = parser.parse_args(arguments)
     try:
         config = EngineConfig.load({}, environ={}, file=given.config)
         logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
         place = Place(given.rank, given.worker, given.rendezvous, given.gpu)
-        return serve(place, given.address, config)
+        if given.patience:
+            threading.Thread(
+                target=_end_with_who_started_us, name="tensorferry-lifeline", daemon=True
+            ).start()
+        return serve(place, given.address, config, patience=given.patience)
     except (ConfigError, transport.TransportError) as error:
         print(error, file=sys.stderr)
         return 1

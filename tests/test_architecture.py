@@ -43,9 +43,12 @@ RANKS: dict[str, list[set[str]]] = {
     "engine": [
         {"console", "errors", "images", "options", "parallel", "segments", "signals"},
         {"config", "loading", "model", "ps", "results", "staging", "sweep", "top"},
-        {"doctor", "huggingface", "output", "protocol", "report"},
+        {"doctor", "environment", "huggingface", "output", "protocol", "report"},
         {"catalog"},
         {"job", "launch", "worker"},
+        {"headless"},
+        {"cluster"},
+        {"fleet"},
         {"dispatch"},
         {"client"},
         {"cli"},
@@ -71,6 +74,7 @@ LIBRARIES = {
     "engine": {"PIL", "click", "msgspec", "numpy", "rich", "safetensors", "torch"},
 }
 MORE_LIBRARIES = {
+    "engine.cluster": {"ray"},  # an optional extra, imported when it is asked for
     "engine.doctor": {"zmq"},  # its version, and that of the library in it
     "engine.huggingface": {"transformers"},
     "shm.columns": {"numpy"},

@@ -215,7 +215,7 @@ class TestSmallRing:
 
 class TestDeath:
     def test_requests_of_a_dead_rank_go_to_the_other(self, caplog: pytest.LogCaptureFixture) -> None:
-        config = EngineConfig(data_parallel_size=2, images_per_prompt=1, model=MODEL)
+        config = EngineConfig(data_parallel_size=2, images_per_prompt=1, model=MODEL, rank_restarts=0)
         with Engine(config) as engine:
             victim = engine.peers[0]
             os.kill(victim.pid, signal.SIGSTOP)  # so that it has what it was sent when it dies
@@ -241,7 +241,7 @@ class TestDeath:
         assert not again[0].error
 
     def test_the_last_one_ends_the_run_after_the_results_there_are(self) -> None:
-        with Engine(EngineConfig(images_per_prompt=1, model=MODEL)) as engine:
+        with Engine(EngineConfig(images_per_prompt=1, model=MODEL, rank_restarts=0)) as engine:
             pid = engine.peers[0].pid
             results = [next(engine.encode([picture(0)]))]
 

@@ -115,6 +115,7 @@ def engine() -> Iterator[Engine]:
         model=DIVIDED,
         device="cpu",
         inline_below_kb=0,
+        rank_restarts=0,
     )
     with Engine(config) as engine:
         assert not any(result.error for result in engine.encode([picture(0)] * 6))  # the ring is there
@@ -162,7 +163,12 @@ class TestTogether:
 
 def test_a_stopped_worker_ends_its_rank_when_the_time_is_over() -> None:
     config = EngineConfig(
-        tensor_parallel_size=2, images_per_prompt=1, model=DIVIDED, device="cpu", request_timeout=1.5
+        tensor_parallel_size=2,
+        images_per_prompt=1,
+        model=DIVIDED,
+        device="cpu",
+        request_timeout=1.5,
+        rank_restarts=0,
     )
     with Engine(config) as engine:
         victim = engine.peers[0].workers[1]

@@ -1,0 +1,147 @@
+"""Ranks that die, come back or answer late, on one host; those of other hosts are in tests/hosts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+import torch
+from PIL import Image
+
+import transport
+from engine import ConfigError, Engine, EngineConfig, NoRankLeft
+from engine.model import Batch
+from engine.protocol import FRONT, Joined, Ready, Reply, Request, Stop, transport_config
+from tests.engine.models import Checksum
+from tests.engine.pictures import expected, picture
+from tests.engine.processes import python
+
+MODEL = "tests.engine.models:Checksum"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def test_a_rank_that_dies_is_started_again_as_often_as_allowed(caplog: pytest.LogCaptureFixture) -> None:
+    with Engine(EngineConfig(images_per_prompt=1, model=MODEL, rank_restarts=1)) as engine:
+        first = engine.peers[0].pid
+
+        def images() -> Iterator[Image.Image]:
+            for number in range(6):
+                if number == 3:
+                    os.kill(first, signal.SIGKILL)
+                yield picture(number)
+
+        for number, result in enumerate(engine.encode(images())):
+            assert result.error == ""
+            assert result.embedding is not None
+            assert result.embedding.equal(expected(picture(number)))
+        (rank,) = engine.peers
+        assert rank.error == ""
+        assert rank.pid != first
+        os.kill(rank.pid, signal.SIGKILL)
+        with pytest.raises(NoRankLeft, match=rf"rank0 \(pid {rank.pid}\) was killed by SIGKILL"):
+            list(engine.encode([picture(0)] * 3))
+    assert f"rank0 (pid {rank.pid}) is back" in caplog.text
+
+
+class Comedian:
+    """Rank 1 by hand: it takes a request and leaves; when it is back, it answers that one first, wrongly."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with self._joined() as endpoint:
+            asked = endpoint.receive(Request, timeout=60).body.id
+        with self._joined() as endpoint:
+            endpoint.send(Reply(asked, {0: torch.zeros(3)}, {}, 0), to=FRONT)
+            while isinstance(request := endpoint.receive(Request | Stop, timeout=60).body, Request):
+                embeddings = Checksum().forward(Batch(request.pixel_values, torch.tensor(request.grids)))
+                endpoint.send(Reply(request.id, dict(enumerate(embeddings.embeddings)), {}, 0), to=FRONT)
+                del request
+
+    def _joined(self) -> transport.Endpoint:
+        settings = transport_config(self._config, replies=True)
+        address = f"tcp://127.0.0.1:{self._config.data_parallel_rpc_port}"
+        endpoint = transport.connect(address, name="rank1", config=settings, timeout=60)
+        endpoint.send(Joined.here(self._config), to=FRONT)
+        endpoint.send(Ready(device="cpu"), to=FRONT)
+        return endpoint
+
+    def join(self) -> None:
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+
+def test_a_late_answer_of_a_request_that_was_sent_again_is_dropped_and_counted() -> None:
+    config = EngineConfig(
+        data_parallel_size=2,
+        data_parallel_size_local=1,
+        data_parallel_rpc_port=free_port(),
+        images_per_prompt=1,
+        model=MODEL,
+    )
+    comedian = Comedian(config)
+    with Engine(config) as engine:
+        results = list(engine.encode(picture(number) for number in range(16)))
+        while not engine.statistics().late:  # it may still be on its way
+            list(engine.encode([picture(0)]))
+        figures = engine.statistics()
+    comedian.join()
+    for number, result in enumerate(results):
+        assert result.error == ""
+        assert result.embedding is not None
+        assert result.embedding.equal(expected(picture(number)))
+    assert figures.late == 1
+    assert figures.images == figures.requests
+
+
+def test_a_headless_host_ends_when_its_rank_died_too_often() -> None:
+    with transport.listen(f"tcp://127.0.0.1:{free_port()}", name=FRONT) as front:
+        port = front.addresses[0].rpartition(":")[2]
+        flags = ["--headless", "-dpp", port, "--model", "tests.engine.models:DiesInLoad"]
+        with python("-m", "engine", "run", *flags, "--rank-restarts", "1") as there:
+            while there.poll() is None:
+                with suppress(transport.Timeout):
+                    front.receive(timeout=0.1)
+            _, said = there.communicate()
+    assert there.returncode == 1
+    assert "rank0 exited with code 7; it is started again" in said
+    assert "tensorferry: rank0 exited with code 7; it wrote: no such luck\n" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data_parallel_start_rank": 1}, "data_parallel_start_rank is for --headless"),
+        ({"headless": True, "data_parallel_start_rank": 1}, "no rank is left for this host"),
+        ({"headless": True, "data_parallel_size_local": 0}, "no rank is left for this host"),
+        ({"data_parallel_size_local": 2}, "that is more than data_parallel_size, 1"),
+        ({"headless": True, "data_parallel_backend": "ray"}, "run the head alone"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig.load(settings, environ={})
+
+
+def test_ranks_are_divided_among_hosts() -> None:
+    def numbers(**settings: object) -> list[int]:
+        return list(EngineConfig.load({"data_parallel_size": 4, **settings}, environ={}).local_ranks)
+
+    assert numbers() == [0, 1, 2, 3]
+    assert numbers(data_parallel_size_local=0) == []
+    assert numbers(data_parallel_size_local=2) == [0, 1]
+    assert numbers(headless=True, data_parallel_start_rank=2) == [2, 3]
+    assert numbers(headless=True, data_parallel_start_rank=2, data_parallel_size_local=1) == [2]
+    assert numbers(data_parallel_backend="ray") == []

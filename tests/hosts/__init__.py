@@ -1,0 +1,1 @@
+"""Tests over two hosts: network namespaces with a /dev/shm each."""
