@@ -16,9 +16,9 @@ from bench.floor import TIMEOUT, pair
 from bench.part import Json, Report, WrongAnswerError
 from engine.config import EngineConfig
 from engine.images import ROW
-from engine.launch import Ranks
+from engine.launch import LocalRanks
 from engine.model import Batch, VisionEncoder
-from engine.protocol import FRONT, Ready, Reply, Request, Stop, transport_config
+from engine.protocol import FRONT, Joined, Ready, Reply, Request, Stop, transport_config
 
 IMAGES, IN_A_MESSAGE = 32, 4
 SIDE = 60  # patches; 60 x 60 x 1176 float32 are 16.1 MiB
@@ -46,12 +46,13 @@ def tensorferry(folder: Path, *, prompts: int) -> Report:
     """The front end's side: sends the images with eight copy threads, and takes the embeddings."""
     config = EngineConfig(device="cuda", shm_ring_gb=2.0, copy_threads=8, startup_timeout=STARTUP)
     images = [_image(number) for number in range(IMAGES)]
-    ranks = Ranks(config)
+    ranks = LocalRanks(config)
     settings = transport_config(config)
     with contextlib.ExitStack() as stack:
         stack.callback(ranks.stop)
         front = stack.enter_context(transport.listen(ranks.address, name=FRONT, config=settings))
         ranks.start()
+        front.receive(Joined, timeout=STARTUP)
         ready = front.receive(Ready, timeout=STARTUP)
         if ready.body.error:
             raise RuntimeError(ready.body.error)

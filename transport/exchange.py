@@ -177,10 +177,9 @@ class Exchange:
         except ProtocolError:
             self._drop("not a message")
             return
-        kind = type(message)
-        if kind is Hello:
+        if isinstance(message, Hello):
             self._greet(arrived.route, message)
-        elif kind is Welcome or kind is Refused:
+        elif isinstance(message, Welcome | Refused):
             self._answered(arrived.route, message)
         else:
             link = self.roster.at(arrived.route)

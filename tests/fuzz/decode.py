@@ -94,8 +94,9 @@ class Decode:
         elif isinstance(came, Part):
             assembly = Assembly(came.sizes, _CONFIG)
             for piece in came.pieces[:8]:
-                place = assembly.place(piece)
-                place[:] = self._fetch(piece.backend, bytes(piece.handle), piece.nbytes, [])
+                assembly.check(piece)
+                assembly.write(piece, 0, self._fetch(piece.backend, bytes(piece.handle), piece.nbytes, []))
+                assembly.came(piece)
 
     def _open(self, reference: Reference, frames: list[Bytes]) -> object:
         reference.spec.check()

@@ -210,7 +210,7 @@ class Handshake:
         """All links end and all messages are taken, so that the next input finds what this one found."""
         for link in self._exchange.roster.links():
             self._exchange._finish(link, "the input is over")
-        while len(self._exchange.receiver):
+        while self._exchange.receiver.queue:
             with suppress(transport.TransportError):
                 self._front.try_receive()
         with suppress(zmq.Again):
