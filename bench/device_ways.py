@@ -20,9 +20,10 @@ from bench.floor import TIMEOUT, Pair, pair
 from bench.part import Json, Report, WrongAnswerError
 from engine.staging import Stager, staged
 
-WAYS = ("send 1", "send 8", "cut-through", "loan", "pickle", "zmq frames", "torch.multiprocessing")
+OURS = ("send 1", "send 8", "cut-through", "loan", "on the GPU")
+WAYS = (*OURS, "pickle", "zmq frames", "torch.multiprocessing")
 RING_BYTES = 1 << 30
-WARM = 15  # until the ring is registered on both sides
+WARM, OTHERS_WARM = 15, 3  # the first until the ring is registered on both sides
 _DEVICE = "cuda"
 
 
@@ -39,38 +40,54 @@ class Near(Protocol):
         """Give everything back."""
 
 
-def near(folder: Path, *, way: str, nbytes: int, messages: int) -> Report:
-    """Times `messages` messages in microseconds, after some to warm up."""
+def near(folder: Path, *, way: str, sizes: list[int], messages: int) -> Report:
+    """Times `messages` messages of each size in microseconds, after some to warm up."""
+    times: dict[str, list[float]] = {}
+    with contextlib.closing(_NEAR[way](folder)) as end:
+        for nbytes in sizes:
+            times[str(nbytes)] = _timed(end, nbytes, _warm(way), messages)
+    values: dict[str, Json] = {"us": times}
+    sent = len(sizes) * (_warm(way) + messages)
+    return Report(values=values, expected=sent, verified=sent)
+
+
+def _warm(way: str) -> int:
+    return WARM if way in OURS else OTHERS_WARM
+
+
+def _timed(end: Near, nbytes: int, warm: int, messages: int) -> list[float]:
     words: payload.Words = np.empty(nbytes // 8, np.int64)
     payload.fill(words, nbytes)
     times = []
-    with contextlib.closing(_NEAR[way](folder)) as end:
-        for number in range(WARM + messages):
-            payload.stamp(words, number)
-            made = end.make(words)
-            start = time.perf_counter()
-            answer = end.send(made)
-            seconds = time.perf_counter() - start
-            del made
-            if answer != number:
-                raise WrongAnswerError(f"message {number} was answered with {answer}")
-            if number >= WARM:
-                times.append(seconds * 1e6)
-    values: dict[str, Json] = {"us": times}
-    return Report(values=values, expected=WARM + messages, verified=WARM + messages)
+    for number in range(warm + messages):
+        payload.stamp(words, number)
+        made = end.make(words)
+        start = time.perf_counter()
+        answer = end.send(made)
+        seconds = time.perf_counter() - start
+        del made
+        if answer != number:
+            raise WrongAnswerError(f"message {number} was answered with {answer}")
+        if number >= warm:
+            times.append(seconds * 1e6)
+    return times
 
 
-def far(folder: Path, *, way: str, nbytes: int, messages: int) -> Report:
+def far(folder: Path, *, way: str, sizes: list[int], messages: int) -> Report:
     """Answers each message once it is on the device, then looks at its stamp there, or at all of it."""
     torch.zeros(1, device=_DEVICE)
-    expected: payload.Words = np.empty(nbytes // 8, np.int64)
-    payload.fill(expected, nbytes)
     with contextlib.closing(_FAR[way](folder)) as end:
-        for number in range(WARM + messages):
-            tensor = end.receive()
-            end.answer(number)
-            _check(tensor, number, expected, whole=number in (0, WARM + messages - 1))
-            del tensor
+        for nbytes in sizes:
+            expected: payload.Words = np.empty(nbytes // 8, np.int64)
+            payload.fill(expected, nbytes)
+            last = _warm(way) + messages - 1
+            for number in range(last + 1):
+                tensor = end.receive()
+                end.answer(number)
+                _check(tensor, number, expected, whole=number in (0, last))
+                del tensor
+        if way in OURS:
+            end.check_way("bytes cuda" if way == "on the GPU" else "bytes shm")
     return Report()
 
 
@@ -91,14 +108,16 @@ def _check(tensor: torch.Tensor, number: int, expected: payload.Words, *, whole:
 class _EndpointNear:
     def __init__(self, folder: Path, way: str) -> None:
         config = transport.TransportConfig(
-            backend="shm", ring_bytes=RING_BYTES, copy_threads=1 if way == "send 1" else 8
+            backend="auto", ring_bytes=RING_BYTES, copy_threads=1 if way == "send 1" else 8
         )
-        self._lends = way == "loan"
+        self._way = way
         self._endpoint = transport.listen(f"ipc://{folder}/near", config=config)
         self._endpoint.wait_for_peers(1, timeout=TIMEOUT)
 
     def make(self, words: payload.Words) -> torch.Tensor:
-        if not self._lends:
+        if self._way == "on the GPU":
+            return torch.from_numpy(words).to(_DEVICE)
+        if self._way != "loan":
             return torch.from_numpy(words)
         with self._endpoint.loan(words.shape, torch.int64, timeout=TIMEOUT) as place:
             place.copy_(torch.from_numpy(words))
@@ -132,6 +151,12 @@ class _EndpointFar:
 
     def answer(self, number: int) -> None:
         self._endpoint.send(number, timeout=TIMEOUT)
+
+    def check_way(self, expected: str) -> None:
+        received = self._endpoint.statistics()["received"]
+        others = [key for key in received if key.startswith("bytes ") and key != expected]
+        if others or received.get("parts"):
+            raise WrongAnswerError(f"not all came by {expected}: {dict(received)}")
 
     def close(self) -> None:
         self._endpoint.close()
@@ -219,13 +244,13 @@ def _take_from_queue(there: Any, back: Any) -> None:
 
 
 _NEAR: dict[str, Callable[[Path], Near]] = {
-    **{way: lambda folder, way=way: _EndpointNear(folder, way) for way in WAYS[:4]},  # type: ignore[misc]
+    **{way: lambda folder, way=way: _EndpointNear(folder, way) for way in OURS},  # type: ignore[misc]
     "pickle": lambda folder: _PickleNear(folder, bind=True),
     "zmq frames": lambda folder: _FramesNear(folder, bind=True),
     "torch.multiprocessing": _Multiprocessing,
 }
 _FAR: dict[str, Callable[[Path], Any]] = {
-    **{way: lambda folder, way=way: _EndpointFar(folder, way) for way in WAYS[:4]},  # type: ignore[misc]
+    **{way: lambda folder, way=way: _EndpointFar(folder, way) for way in OURS},  # type: ignore[misc]
     "pickle": lambda folder: _PickleFar(folder, bind=False),
     "zmq frames": lambda folder: _FramesFar(folder, bind=False),
 }

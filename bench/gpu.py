@@ -16,9 +16,8 @@ from bench.report import FAILED, Benchmark, Grid, figure
 KIB, MIB = 1 << 10, 1 << 20
 COPIES = [64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB]
 KINDS = ("ring", "pinned", "pageable", "to ring", "to pinned", "to pageable")
-SIZES = (16 * MIB, 64 * MIB)
-THREADS = (1, 8)
-PROMPTS = 5
+SIZES = [16 * MIB, 64 * MIB]
+THREADS = [1, 8]
 AIM = 0.95
 
 METHOD = f"""\
@@ -27,7 +26,8 @@ copies   one process, one copy at a time, kinds in random order; from the call u
          and "pageable": torch's. Before that, bytes through ring and device and back are compared.
 ways     from the call of send in one process until it hears that the tensor is on the device in the
          other. "send 1" and "send 8": copy threads; "cut-through": eight, the device reads what is
-         written already; "loan": the tensor is in the ring already (filling it is not timed);
+         written already; "loan": the tensor is in the ring already (filling it is not timed); "on
+         the GPU": it lies there, and the other process uses the same GPU (CUDA IPC);
          pickle and zmq frames over one PAIR socket and torch.multiprocessing, then .to("cuda").
          Each message's stamp is looked at on the device, of the first and the last every byte.
 floor    one process: a copy by the CPU into a registered ring, then one to the device; "overlapped"
@@ -41,27 +41,17 @@ Figures: median [lowest..highest round] of the medians of the rounds."""
 
 
 def _rows(quick: bool) -> list[Row]:
-    times, messages, prompts = (8, 8, 2) if quick else (30, 20, PROMPTS)
-    rows = [
+    times, messages, prompts = (8, 8, 2) if quick else (20, 20, 3)
+    copies, worker = "bench.device_copies", "bench.device_worker"
+    floor: dict[str, Json] = {"sizes": SIZES, "threads": THREADS, "times": messages}
+    return [
         Row(
             name="copies",
-            parts={"one": "bench.device_copies:copies"},
+            parts={"one": f"{copies}:copies"},
             arguments={"sizes": COPIES, "times": times},
-        )
-    ]
-    for nbytes in SIZES:
-        rows += [
-            Row(
-                name=f"floor {nbytes // MIB} MiB {threads}",
-                parts={"one": "bench.device_copies:floor"},
-                arguments={"nbytes": nbytes, "threads": threads, "times": messages},
-            )
-            for threads in THREADS
-        ]
-        rows += [_way(way, nbytes, messages) for way in WAYS]
-    worker = "bench.device_worker"
-    return [
-        *rows,
+        ),
+        Row(name="floor", parts={"one": f"{copies}:floor"}, arguments=floor),
+        *(_way(way, messages) for way in WAYS),
         Row(
             name="worker tensorferry",
             parts={"near": f"{worker}:tensorferry"},
@@ -78,33 +68,31 @@ def _rows(quick: bool) -> list[Row]:
     ]
 
 
-def _way(way: str, nbytes: int, messages: int) -> Row:
+def _way(way: str, messages: int) -> Row:
     parts = {"near": "bench.device_ways:near", "far": "bench.device_ways:far"}
     if way == "torch.multiprocessing":
         del parts["far"]  # the near end starts it
-    return Row(
-        name=f"{way} {nbytes // MIB} MiB",
-        parts=parts,
-        arguments={"way": way, "nbytes": nbytes, "messages": messages},
-    )
+    return Row(name=way, parts=parts, arguments={"way": way, "sizes": SIZES, "messages": messages})
 
 
 Measure = Callable[[Mapping[str, Json]], float]
 
 
-def _median(key: str) -> Measure:
-    return lambda values: statistics.median(numbers(values[key]))
+def _median(*keys: str) -> Measure:
+    """Of the numbers that lie under these keys, one inside of the other."""
+
+    def measure(values: Mapping[str, Json]) -> float:
+        found: Json = values
+        for key in keys:
+            assert isinstance(found, Mapping)
+            found = found[key]
+        return statistics.median(numbers(found))
+
+    return measure
 
 
 def _copy(nbytes: int, kind: str) -> Measure:
-    def measure(values: Mapping[str, Json]) -> float:
-        sizes = values["copies"]
-        assert isinstance(sizes, Mapping)
-        kinds = sizes[str(nbytes)]
-        assert isinstance(kinds, Mapping)
-        return statistics.median(numbers(kinds[kind]))
-
-    return measure
+    return _median("copies", str(nbytes), kind)
 
 
 def _cell(result: Result, measure: Measure) -> str:
@@ -142,13 +130,14 @@ def _copies(result: Result) -> Grid:
 
 
 def _ways(by_name: Mapping[str, Result]) -> Grid:
-    sizes = [f"{nbytes // MIB} MiB" for nbytes in SIZES]
-    rows = [[way, *(_cell(by_name[f"{way} {size}"], _median("us")) for size in sizes)] for way in WAYS]
+    rows = [[way, *(_cell(by_name[way], _median("us", str(nbytes))) for nbytes in SIZES)] for way in WAYS]
     for kind in ("copy", "transfer", "floor", "overlapped"):
         for threads in THREADS:
-            cells = (_cell(by_name[f"floor {size} {threads}"], _median(kind)) for size in sizes)
-            rows.append([f"in one process: {kind}, {threads} threads", *cells])
-    return Grid(title="gpu: from process to device memory of another, µs", columns=["", *sizes], rows=rows)
+            measures = [_median("floor", f"{nbytes} {threads}", kind) for nbytes in SIZES]
+            cells = (_cell(by_name["floor"], measure) for measure in measures)
+            rows.append([f"in one process: {kind}, threads: {threads}", *cells])
+    columns = ["", *(f"{nbytes // MIB} MiB" for nbytes in SIZES)]
+    return Grid(title="gpu: from process to device memory of another, µs", columns=columns, rows=rows)
 
 
 def _worker(by_name: Mapping[str, Result]) -> Grid:

@@ -123,7 +123,7 @@ def _locked_memory(config: EngineConfig) -> Iterator[Finding]:
     if soft == resource.RLIM_INFINITY or soft >= config.ring_bytes:
         yield Finding("locked memory", "ok", _limit(soft, shm.human))
         return
-    advice = "It matters only to what locks the pages of a ring, such as RDMA: ulimit -l unlimited"
+    advice = "It matters only to what locks the pages of a ring, such as a GPU or RDMA: ulimit -l unlimited"
     text = f"{_limit(soft, shm.human)} of at most {_limit(hard, shm.human)}, less than a ring"
     yield Finding("locked memory", "note", text, advice)
 
@@ -211,12 +211,23 @@ def _cuda(config: EngineConfig) -> Iterator[Finding]:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         yield Finding("CUDA", "ok", f"{torch.version.cuda}: {', '.join(names)}")
+        yield _registration()
     elif config.device == "cuda":
         built = torch.version.cuda or "without CUDA"
         advice = "Install a build of torch with CUDA and the driver, or take --device auto."
         yield Finding("CUDA", "problem", f"--device cuda, but torch (built {built}) finds no device", advice)
     else:
         yield Finding("CUDA", "ok", "no device: models run on the CPU")
+
+
+def _registration() -> Finding:
+    import transport
+
+    what = "CUDA and rings"
+    if reason := transport.try_registration():
+        advice = "Everything works, but copies from a ring to the GPU take the slow way: see docs/gpu.md"
+        return Finding(what, "note", f"shared memory cannot be registered: {reason}", advice)
+    return Finding(what, "ok", "shared memory can be registered: the GPU copies out of a ring directly")
 
 
 def _leftovers(_config: EngineConfig) -> Iterator[Finding]:

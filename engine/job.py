@@ -73,7 +73,7 @@ class Job:
                     grid=image.grid if image else None,
                     shape=image.shape if image else None,
                     nbytes=image.nbytes if image else 0,
-                    embedding=None if embedding is None else embedding.clone(),
+                    embedding=None if embedding is None else embedding.to("cpu", copy=True),
                     seconds=seconds,
                     rank=self.rank,
                     text=(texts or {}).get(place, ""),

@@ -14,6 +14,7 @@ from transport import codec
 from transport.assembly import Assembly
 from transport.backends.base import Bytes, Inbound
 from transport.config import TransportConfig
+from transport.cudart import DeviceError
 from transport.errors import PeerGone, ProtocolError, Timeout
 from transport.link import Link
 from transport.message import Abandon, Data, Numbered, Part, Reference
@@ -211,6 +212,14 @@ class Receiver:
         self, link: Link, reference: Reference, nbytes: int, frames: Sequence[Bytes], batch: Batch | None
     ) -> Tensor:
         """A tensor elsewhere, on a device for one; its bytes may be on their way when this returns."""
+        try:
+            return self._brought(link, reference, nbytes, frames, batch)
+        except (torch.OutOfMemoryError, DeviceError) as error:
+            raise ProtocolError(f"a tensor of {nbytes} bytes cannot be brought there: {error}") from error
+
+    def _brought(
+        self, link: Link, reference: Reference, nbytes: int, frames: Sequence[Bytes], batch: Batch | None
+    ) -> Tensor:
         if batch is None:
             inbound = self._inbound(reference.backend)
             flat = inbound.open_on_device(link.peer, bytes(reference.handle), nbytes)
@@ -218,10 +227,7 @@ class Receiver:
         assembly = self._assemblies.get(link.peer.link)
         if reference.backend == PARTS and assembly is not None and assembly.batch is batch:
             return finished(assembly.finished(_index(reference), nbytes), reference.spec)
-        try:
-            place = batch.place(nbytes)
-        except torch.OutOfMemoryError as error:
-            raise ProtocolError(f"there is no memory for a tensor of {nbytes} bytes: {error}") from error
+        place = batch.place(nbytes)
         if reference.backend == PARTS:
             place.write(0, self._open(link, reference, nbytes, frames))
         else:
@@ -247,7 +253,7 @@ class Receiver:
                 self._assemblies.pop(link.peer.link, None)
         except Timeout:
             raise
-        except (ProtocolError, PeerGone):
+        except (ProtocolError, PeerGone, DeviceError):
             self._assemblies[link.peer.link] = None  # the message itself will say so
             self.counts["refused"] += 1
         self._taken(link, message.number, 0)

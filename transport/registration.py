@@ -13,11 +13,14 @@ every step, registered or not yet, so that it need not know.
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from transport import cudart
 from transport.cudart import DeviceError
@@ -205,6 +208,24 @@ def register_rings(device: int = 0) -> None:
         return runtime
 
     rings.start(open_memory)
+
+
+def try_registration() -> str:
+    """Register and unregister a little shared memory as a reader of a ring maps it; why that fails, or ""."""
+    descriptor = os.memfd_create("tensorferry")
+    try:
+        os.truncate(descriptor, mmap.PAGESIZE)
+        with mmap.mmap(descriptor, mmap.PAGESIZE) as filled:
+            filled[0] = 1  # a page that nobody wrote is none
+        mapping = mmap.mmap(descriptor, mmap.PAGESIZE, prot=mmap.PROT_READ)
+        address = int(np.frombuffer(mapping, np.uint8).ctypes.data)
+        cudart.runtime().register(address, mmap.PAGESIZE, read_only=True)
+        cudart.runtime().unregister(address)
+    except DeviceError as error:
+        return str(error)
+    finally:
+        os.close(descriptor)
+    return ""
 
 
 def registered() -> Registered:

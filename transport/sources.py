@@ -20,7 +20,7 @@ from .specs import Bytes, Tensor, TensorSpec, Window, is_aligned, shaped
 Progress: TypeAlias = Callable[[int], None]
 
 PARALLEL_PIECE = 1 << 20  # of less, handing it to a thread costs more than copying it
-PROGRESS_PIECE = 4 << 20
+PROGRESS_PIECE = 8 << 20
 RANGE_PIECE = 1 << 20
 _PAGE = 4096
 
@@ -55,7 +55,7 @@ class Source:
         threads: how many copy at the same time, 1 MiB or more each. Strided torch tensors are the exception:
         torch splits those over threads of its own (`torch.set_num_threads`). When this returns or raises,
         no thread writes any more. progress: called in this thread with the number of bytes complete from
-        the start, growing up to nbytes, every 4 MiB at most. ValueError: a destination of another form.
+        the start, growing up to nbytes, every 8 MiB at most. ValueError: a destination of another form.
         """
         _check_destination(destination, self.nbytes)
         if not self._suits(destination):
