@@ -38,7 +38,8 @@ class Joined(msgspec.Struct, tag=True, frozen=True):
         """What a process of this host says, and what its head compares it with."""
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         sizes = f"{config.data_parallel_size} × {config.tensor_parallel_size}"
-        serves = f"{config.model} with seed {config.seed} on {sizes} workers"
+        model = Path(config.model).name  # of a folder, which need not lie at the same place everywhere
+        serves = f"{model} with seed {config.seed} on {sizes} workers"
         return cls(socket.gethostname(), os.getpid(), boot, serves)
 
 
