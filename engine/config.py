@@ -193,6 +193,10 @@ class EngineConfig(Settings):
             return range(0)
         return range(start, self.data_parallel_size if local is None else start + local)
 
+    def worker_names(self, rank: str) -> list[str]:
+        """The workers of a rank: the first, which answers, has the rank's own name."""
+        return [rank, *(f"{rank}.tp{number}" for number in range(1, self.tensor_parallel_size))]
+
     @property
     def ring_bytes(self) -> int:
         """`shm_ring_gb` in bytes."""

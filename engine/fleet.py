@@ -13,7 +13,6 @@ from engine.cluster import RayRanks
 from engine.config import EngineConfig
 from engine.errors import StartError
 from engine.launch import LocalRanks
-from engine.protocol import worker_names
 
 
 class Member(Protocol):
@@ -93,8 +92,8 @@ class Fleet:
         self.members |= self._local.processes
         for number in range(config.data_parallel_size):
             if number not in config.local_ranks:
-                names = worker_names(f"rank{number}", config.tensor_parallel_size)
-                self.members[f"rank{number}"] = [Elsewhere(name) for name in names]
+                names = config.worker_names(f"rank{number}")
+                self.members[names[0]] = [Elsewhere(name) for name in names]
         if self._ray is not None:
             self._ray.start(addresses[-1])
 

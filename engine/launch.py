@@ -19,7 +19,6 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import StartError
-from engine.protocol import worker_names
 
 # Longest path of a Unix socket, of which the folder leaves room for the file's name.
 _LONGEST_FOLDER = 107 - len("/front.sock")
@@ -148,7 +147,7 @@ class LocalRanks:
         # Never that of an earlier start, where its dead have been.
         rendezvous = self._folder / f"{rank}.{next(self._starts)}.meeting"
         place_here = self._config.data_parallel_rank_local + number - self._config.local_ranks.start
-        for place, name in enumerate(worker_names(rank, size)):
+        for place, name in enumerate(self._config.worker_names(rank)):
             arguments = ["--rank", rank, "--worker", str(place), "--address", self.address]
             arguments += ["--config", str(self._file), "--rendezvous", str(rendezvous)]
             arguments += ["--gpu", str(place_here * size + place), "--patience", str(self._patience)]

@@ -17,11 +17,6 @@ from engine.options import options_of
 FRONT = "front"
 
 
-def worker_names(rank: str, size: int) -> list[str]:
-    """The workers of a rank: the first, which answers, has the rank's own name."""
-    return [rank, *(f"{rank}.tp{number}" for number in range(1, size))]
-
-
 class Joined(msgspec.Struct, tag=True, frozen=True):
     """From each worker of a rank, first: where it is, and what it is about to load.
 

@@ -32,7 +32,7 @@ from engine.errors import HEAD_LOST, NO_HEAD
 from engine.model import Batch, Model, ModelError, Outputs, load_part
 from engine.options import ConfigError
 from engine.parallel import Parallel, ParallelError, join
-from engine.protocol import FRONT, Joined, Ready, Reply, Request, Stop, transport_config, worker_names
+from engine.protocol import FRONT, Joined, Ready, Reply, Request, Stop, transport_config
 from engine.staging import Staged, Stager, choose_device, staged
 
 _log = logging.getLogger("tensorferry.worker")
@@ -189,7 +189,7 @@ def serve(place: Place, address: str, config: EngineConfig, *, patience: float =
         # Workers on one host share its cores; each taking all of them makes every one slow.
         workers = max(1, len(config.local_ranks)) * config.tensor_parallel_size
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
-    name = worker_names(place.rank, config.tensor_parallel_size)[place.worker]
+    name = config.worker_names(place.rank)[place.worker]
     try:
         endpoint = _connected(name, address, config, patience)
     except transport.TransportError as error:
@@ -245,7 +245,7 @@ def _join(place: Place, device: torch.device, config: EngineConfig) -> Parallel:
         return Parallel()
     return join(
         place.worker,
-        worker_names(place.rank, config.tensor_parallel_size),
+        config.worker_names(place.rank),
         place.rendezvous,
         device=device,
         patience=config.startup_timeout,
