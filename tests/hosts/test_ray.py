@@ -19,8 +19,12 @@ from tests.hosts.namespaces import Host, two_hosts
 
 _STORE = str(80 << 20)  # the least that Ray takes for its own objects; no tensor goes there
 _PORT = 6399
-# Nothing leaves the machine, and a machine that is full for another reason is no reason to kill a rank.
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0"}
+# Nothing leaves the machine or is left on it, and what else fills its memory is no reason to kill a rank.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_memory_monitor_refresh_ms": "0",
+}
 
 
 @contextmanager
