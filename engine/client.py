@@ -231,11 +231,9 @@ class Engine:
         self._closed = True
         try:
             self._final = self._statistics()
-            for rank in self._dispatcher.status():
-                if not rank.error:
-                    with suppress(transport.TransportError):
-                        workers = [worker.name for worker in rank.workers]
-                        self._front.send(Stop(), to=workers, timeout=_STOP_TIMEOUT)
+            for worker in self._front.peers:
+                with suppress(transport.TransportError):
+                    self._front.send(Stop(), to=worker.name, timeout=_STOP_TIMEOUT)
         finally:
             self._fleet.stop()
             self._stack.close()
