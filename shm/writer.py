@@ -324,6 +324,11 @@ class RingWriter:
             seconds = max(0, time.monotonic_ns() - oldest[1]) / 1e9 if oldest else 0.0
             return Holding(int(opened.sum()) + len(flying), self._held(column, opened), seconds)
 
+    def linked(self) -> bool:
+        """Whether its name is still in /dev/shm, so that others can attach. False once the ring is closed."""
+        with self._lock:
+            return not self._closed and self._segment.linked()
+
     # ------------------------------------------------------------------ looking and telling
 
     def look(self) -> int:

@@ -22,6 +22,10 @@ Build = Callable[[int, int, int], wire_types.Control]
 _FEW = 32  # messages that may wait for an acknowledgement that travels with something else
 
 
+def _nothing() -> None:
+    """What a message without content keeps."""
+
+
 class Link:
     """The state of one link; `window` is how many messages may be unacknowledged."""
 
@@ -51,6 +55,7 @@ class Link:
         self._owed = 0  # bytes of messages that were taken and not acknowledged
         self._lock = threading.Lock()
         self._sent = 0
+        self._pinged = 0  # the number of the last ping
         self._unacknowledged: deque[tuple[int, float, int, Release]] = deque()
         self._acknowledged = 0  # what the peer was told of `taken`
 
@@ -90,10 +95,10 @@ class Link:
             return number
 
     def ping(self) -> None:
-        """Ask for an acknowledgement of everything, where one is missing."""
-        if self._unacknowledged:
+        """Ask for an acknowledgement of everything, where one is missing and was not asked for yet."""
+        if self._unacknowledged and self._sent != self._pinged:
             with suppress(Full, PeerGone):
-                self.send(wire_types.Ping, keeps=lambda: None)
+                self._pinged = self.send(wire_types.Ping, keeps=_nothing)
 
     def tell(self, message: wire_types.Control) -> bool:
         """Send a message without a number; whether it could be queued."""
@@ -170,7 +175,7 @@ class Link:
 
     def overdue(self) -> str:
         """Who is late with what, since when, for a person."""
-        entries = list(self._unacknowledged)
+        entries = [entry for entry in list(self._unacknowledged) if entry[3] is not _nothing]
         if not entries:
             return f"{self} has acknowledged everything"
         oldest = time.monotonic() - entries[0][1]

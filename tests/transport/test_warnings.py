@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -249,3 +250,26 @@ def test_a_wait_tells_once_it_is_long_and_polls_each_time() -> None:
     assert len(polled) == 3
     assert len(told) == 1
     assert told[0] >= 0
+
+
+def test_who_is_waited_for_is_asked_once(address: str) -> None:
+    """A second asking would tell a stopped peer nothing, and take a place in the queue."""
+    config = transport.TransportConfig(backend="inline", timeout=WAIT)
+    with transport.listen(address, config=config) as front, joined(front, "silent", config) as silent:
+        link = front._exchange.roster.named("silent")
+        assert link is not None
+        link.ping()
+        assert link.unacknowledged == 0  # nothing to ask for
+        for number in (1, 2):
+            front.send({"x": noise(10)})
+            for _ in range(3):
+                link.ping()
+            assert link.unacknowledged == 2 * number
+            assert f"has not acknowledged {number} messages ({10 * number} bytes)" in link.overdue()
+        for _ in range(2):
+            silent.receive()
+        silent.try_receive()  # takes what is behind the messages, and says so
+        deadline = time.monotonic() + WAIT
+        while link.unacknowledged:
+            assert time.monotonic() < deadline, link.overdue()
+            front.try_receive()

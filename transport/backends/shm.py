@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -32,6 +33,8 @@ from transport.errors import Full, PeerGone, ProtocolError, Timeout, TooLarge
 from transport.sharing import Exporter, Importer
 from transport.tensors import Source
 from transport.waiting import attempts
+
+_log = logging.getLogger("tensorferry.transport")
 
 
 class _Handle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -142,18 +145,52 @@ class _Unfilled(ShmParcel):
             self._writer.drop(records, self._columns[reader])
 
 
+class _Parcels(Parcel):
+    """One parcel for each ring that readers of a message map."""
+
+    def __init__(self, parcels: Sequence[tuple[Parcel, Sequence[Peer]]]) -> None:
+        self._parcels = [parcel for parcel, _ in parcels]
+        self._of = {peer: parcel for parcel, readers in parcels for peer in readers}
+
+    def load(self, reader: Peer) -> Load:
+        return self._of[reader].load(reader)
+
+    def release(self, reader: Peer) -> None:
+        self._of[reader].release(reader)
+
+    def fill(self) -> None:
+        for parcel in self._parcels:
+            parcel.fill()
+
+    def abandon(self) -> None:
+        for parcel in self._parcels:
+            parcel.abandon()
+
+
+class _Place(NamedTuple):
+    """Where a peer proved that it can read."""
+
+    ring: shm.RingWriter
+    column: int
+
+
 class ShmOutbound(Outbound):
-    """Owns the ring, made at the first tensor that needs it, and knows which peers map it."""
+    """Owns the ring, made at the first tensor that needs it, and knows which peers map it.
+
+    When somebody takes the ring's name away, who comes from then on gets another ring, while those who map
+    the old one stay with it; it is closed when the last of them is gone.
+    """
 
     name = "shm"
 
     def __init__(self, config: TransportConfig) -> None:
         super().__init__(config)
         self._writer: shm.RingWriter | None = None
+        self._older: list[shm.RingWriter] = []  # whose names were taken away
         self._making = threading.Lock()
         self._admitting = threading.Lock()  # of a peer's column there is one offer, whoever makes it
-        self._offered: dict[Peer, shm.Offer] = {}
-        self._columns: dict[Peer, int] = {}
+        self._offered: dict[Peer, tuple[shm.RingWriter, shm.Offer]] = {}
+        self._places: dict[Peer, _Place] = {}  # of those who proved that they map a ring
         self._refused: dict[Peer, str] = {}
         self._followers: set[Peer] = set()  # who reads records while they are being filled
         self._same_device: dict[Peer, int] = {}  # who sees the same GPU
@@ -164,25 +201,26 @@ class ShmOutbound(Outbound):
     # -------------------------------------------------------------- who may read
 
     def wants_offer(self, peer: Peer, sizes: Sequence[int]) -> bool:
-        return any(sizes) and peer not in self._columns and peer not in self._refused
+        return any(sizes) and peer not in self._places and peer not in self._refused
 
     def offer(self, peer: Peer) -> bytes:
         try:
             with self._admitting:
                 if peer not in self._offered:
-                    self._offered[peer] = self.ring().offer()
+                    ring = self._named_ring()
+                    self._offered[peer] = ring, ring.offer()
                 challenge = self.exporter.challenge()
                 device = challenge.offer if challenge else b""
-                return _encode(_Offer(*self._offered[peer], device))
+                return _encode(_Offer(*self._offered[peer][1], device))
         except (shm.RingFull, shm.NoSpace) as error:
             self._refused[peer] = str(error)
             raise Full(str(error), failed={peer.name: str(error)}) from error
 
     def admit(self, peer: Peer, answer: Proof | Refusal) -> str:
-        offer = self._offered.pop(peer, None)
-        if offer is None:
+        offered = self._offered.pop(peer, None)
+        if offered is None:
             return "nothing was offered"
-        writer = self.ring()
+        writer, offer = offered
         if isinstance(answer, Refusal):
             writer.withdraw(offer)
             self._refused[peer] = answer.reason
@@ -194,7 +232,7 @@ class ShmOutbound(Outbound):
             writer.withdraw(offer)
             self._refused[peer] = str(error)
             return str(error)
-        self._columns[peer] = offer.column
+        self._places[peer] = _Place(writer, offer.column)
         if proof.follows:
             self._followers.add(peer)
         challenge = self.exporter.challenge() if proof.device else None
@@ -208,19 +246,19 @@ class ShmOutbound(Outbound):
 
     def admitted(self, peer: Peer) -> bool:
         """Whether the peer proved that it maps the ring."""
-        return peer in self._columns
+        return peer in self._places
 
     def alive(self, peer: Peer) -> bool | None:
         """Whether the peer's lock on its column is held; None when it has no column."""
-        column = self._columns.get(peer)
-        return None if column is None or self._writer is None else self._writer.reader_alive(column)
+        place = self._places.get(peer)
+        return None if place is None else place.ring.reader_alive(place.column)
 
     def held(self, peer: Peer) -> Held | None:
-        column = self._columns.get(peer)
-        return None if column is None or self._writer is None else Held(*self._writer.held(column))
+        place = self._places.get(peer)
+        return None if place is None else Held(*place.ring.held(place.column))
 
     def explain(self, peer: Peer) -> str:
-        if peer in self._columns:
+        if peer in self._places:
             return "shm: the peer proved that it maps the ring"
         if peer in self._refused:
             return f"not shm: {self._refused[peer]}"
@@ -229,14 +267,15 @@ class ShmOutbound(Outbound):
         )
 
     def drop(self, peer: Peer) -> None:
-        offer = self._offered.pop(peer, None)
-        if offer is not None:
-            self.ring().withdraw(offer)
+        offered, place = self._offered.pop(peer, None), self._places.pop(peer, None)
         self._refused.pop(peer, None)
         self._followers.discard(peer)
         self._same_device.pop(peer, None)
-        if self._columns.pop(peer, None) is not None and self._writer is not None:
-            self._writer.reap()
+        if offered is not None:
+            offered[0].withdraw(offered[1])
+        if place is not None:
+            place.ring.reap()
+        self._close_unused()
 
     # -------------------------------------------------------------- tensors
 
@@ -257,11 +296,37 @@ class ShmOutbound(Outbound):
                 )
             return self._writer
 
+    def _named_ring(self) -> shm.RingWriter:
+        """The ring, or a new one in place of one that nobody can map any more."""
+        with self._making:
+            if self._writer is not None and not self._writer.linked():
+                _log.warning(
+                    "the name of this process's ring was taken out of /dev/shm (by systemd's RemoveIPC? see"
+                    " tensorferry doctor): peers that come from now on get another ring"
+                )
+                self._older.append(self._writer)
+                self._writer = None
+        self._close_unused()
+        return self.ring()
+
+    def _close_unused(self) -> None:
+        """Give back the older rings that nobody maps any more."""
+        if not self._older:
+            return
+        with self._making:
+            used = [ring for ring, _ in (*self._places.values(), *self._offered.values())]
+            unused = [ring for ring in self._older if ring not in used]
+            self._older = [ring for ring in self._older if ring in used]
+        for ring in unused:
+            ring.close()
+
     def limit(self, peer: Peer) -> int:
-        if self._writer is None:
+        place = self._places.get(peer)
+        writer = self._writer if place is None else place.ring
+        if writer is None:
             share, capacity = int(self.config.ring_bytes * self.config.peer_share), self.config.ring_bytes
         else:
-            share, capacity = self._writer.share_bytes(), self._writer.capacity
+            share, capacity = writer.share_bytes(), writer.capacity
         # A part must fit an empty ring although its records are rounded up to their alignment.
         return max(1, min(share, capacity - capacity // 16))
 
@@ -276,8 +341,11 @@ class ShmOutbound(Outbound):
         nbytes = sum([source.nbytes for source in sources])
         if not nbytes:
             return NoParcel(Load([_NO_BYTES] * len(sources)))
-        writer = self._ring_or_full()
-        columns = self._columns_of(readers)
+        places = self._places_of(readers)
+        writer = places[readers[0]].ring
+        if self._older and any(place.ring is not writer for place in places.values()):
+            return self._put_in_each(sources, places, timeout, poll)
+        columns = {peer: place.column for peer, place in places.items()}
         loans = [_find_loan(writer, source) for source in sources]
         fresh = [s for s, loan in zip(sources, loans, strict=True) if loan is None and s.nbytes]
         lent = [loan[0] for loan in loans if loan is not None]
@@ -319,13 +387,35 @@ class ShmOutbound(Outbound):
         large = any(source.nbytes >= _WORTH_FOLLOWING for source in sources)
         return large and bool(columns) and self._followers.issuperset(columns)
 
-    def _columns_of(self, readers: Sequence[Peer]) -> dict[Peer, int]:
-        """The columns of readers that proved to map the ring; `Full` names the others."""
-        columns = {peer: self._columns[peer] for peer in readers if peer in self._columns}
-        if len(columns) < len(readers):
-            unproved = {peer.name: self.explain(peer) for peer in readers if peer not in columns}
+    def _put_in_each(
+        self, sources: Sequence[Source], places: Mapping[Peer, _Place], timeout: float, poll: Poll
+    ) -> Parcel:
+        """The same for readers of several rings: in all of them, or in none."""
+        deadline = time.monotonic() + timeout
+        groups: dict[int, list[Peer]] = {}
+        for peer, place in places.items():
+            groups.setdefault(place.ring.identity, []).append(peer)
+        parcels: list[tuple[Parcel, list[Peer]]] = []
+        try:
+            for group in groups.values():
+                left = max(0.0, deadline - time.monotonic())
+                parcels.append((self.put(sources, group, timeout=left, poll=poll), group))
+        except BaseException:
+            for parcel, group in parcels:
+                parcel.abandon()
+                for peer in group:
+                    parcel.release(peer)
+            raise
+        return _Parcels(parcels)
+
+    def _places_of(self, readers: Sequence[Peer]) -> dict[Peer, _Place]:
+        """Where readers that proved to map a ring read; `Full` names the others."""
+        found = {peer: self._places.get(peer) for peer in readers}
+        places = {peer: place for peer, place in found.items() if place is not None}
+        if len(places) < len(found):
+            unproved = {peer.name: self.explain(peer) for peer in readers if peer not in places}
             raise Full("; ".join(f"{name}: {why}" for name, why in unproved.items()), failed=unproved)
-        return columns
+        return places
 
     def _load(
         self,
@@ -383,11 +473,14 @@ class ShmOutbound(Outbound):
         figures: dict[str, object] = {"tensors": self._tensors, "nbytes": self._nbytes}
         if self._writer is not None:
             figures["ring"] = self._writer.statistics()
+        if self._older:
+            figures["older rings"] = [ring.statistics() for ring in self._older]
         return figures
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        for ring in (self._writer, *self._older):
+            if ring is not None:
+                ring.close()
         self.exporter.close()
 
 
@@ -547,6 +640,8 @@ def _mapped(call: Callable[[], _T]) -> _T:
         raise TooLarge(str(error)) from error
     except (shm.RingFull, shm.NoSpace) as error:
         raise Full(str(error)) from error
+    except shm.RingClosed as error:
+        raise PeerGone("everybody who mapped this ring has left") from error
 
 
 def _for_readers(columns: Mapping[Peer, int], call: Callable[[], _T]) -> _T:
