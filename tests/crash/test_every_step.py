@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import pytest
@@ -12,11 +13,16 @@ from tests.crash.harness import ROLES, Kill, Outcome, play
 _RUNS_PER_EVENT = 3  # a run may have fewer steps of a kind than the one they were counted in
 
 
+@functools.cache
+def clean() -> Outcome:
+    """The play in which nobody dies, once for all tests of this process."""
+    return play()
+
+
 def steps_of(role: str) -> dict[str, int]:
     """How often each event happens to a role when nobody dies."""
-    clean = play()
-    assert clean.wrong == []
-    (report,) = clean.reports[role]
+    assert clean().wrong == []
+    (report,) = clean().reports[role]
     return dict(report["events"])
 
 
@@ -51,16 +57,15 @@ def faults(role: str, outcome: Outcome) -> list[str]:
 
 def test_the_steps_are_those_we_know() -> None:
     """A renamed event would take its kill point away in silence."""
-    clean = play()
-    told = {event for reports in clean.reports.values() for report in reports for event in report["events"]}
+    told = {event for reports in clean().reports.values() for report in reports for event in report["events"]}
     ring = {"reserve", "grow", "commit", "closing", "freed", "admit", "opening", "opened"}
     assert {f"ring.{step}" for step in ring} <= told
     assert {"send.encoded", "send.put", "send.posted"} <= told
     assert {f"receive.{step}" for step in ("arrived", "opening", "opened", "taken", "part")} <= told
     assert {"admission.offered", "admission.proved", "admission.judged", "link.begun", "link.ended"} <= told
-    assert all(len(reports) == 1 for reports in clean.reports.values())
-    assert clean.wrong == []
-    assert clean.left() == []
+    assert all(len(reports) == 1 for reports in clean().reports.values())
+    assert clean().wrong == []
+    assert clean().left() == []
 
 
 @pytest.mark.parametrize("role", ROLES)

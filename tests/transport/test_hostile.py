@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import msgspec
 import pytest
@@ -169,6 +171,33 @@ def test_one_greeting_for_each_connection(front: transport.Endpoint) -> None:
         assert [info.name for info in front.peers] == ["one"]
         raw.say(raw.data(1, {"n": 1}))
         assert front.receive().body == {"n": 1}
+
+
+def heard(front: transport.Endpoint, told: Counter[str], number: int) -> bool:
+    """Whether that many were linked or refused."""
+    return bool(front.statistics()["dropped"].get("refused", 0) + told["link.begun"] == number)
+
+
+def test_thousands_that_say_hello_and_die(address: str) -> None:
+    """So many as may be are linked at a time, the others are refused; nothing stays of either."""
+    told: Counter[str] = Counter()
+    config = dataclasses.replace(CONFIG, max_peers=8, trace=lambda event, _now, _fields: told.update([event]))
+    waves, each = 4, 500
+    with transport.listen(address, config=config) as front:
+        for wave in range(waves):
+            with zmq.Context() as context, ExitStack() as sockets:
+                for number in range(each):
+                    socket = sockets.enter_context(context.socket(zmq.DEALER))
+                    socket.setsockopt(zmq.LINGER, 0)
+                    socket.connect(address)
+                    hello = wire_types.Hello(1, 7, f"{wave}.{number}", 1, 9, 0, ["frames"])
+                    socket.send(wire_types.encode(hello))
+                until(partial(heard, front, told, (wave + 1) * each))
+                assert len(front.peers) == config.max_peers
+            until(lambda: not front.peers)
+        assert told["link.begun"] == told["link.ended"] == waves * config.max_peers
+        assert set(front.statistics()["dropped"]) == {"refused"}
+        lives(front)
 
 
 # ------------------------------------------------------------------------------------ inside of a link
