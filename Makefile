@@ -66,4 +66,5 @@ clean: ## remove what make made
 		{ $(PYTHON) -m venv --without-pip $(VENV_FLAGS) .venv && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	$(INSTALL_TORCH)
 	$(PIP) install -c $(PINS) -e '.[dev]'
+	$(PIP) install -c $(PINS) --only-binary atheris -e '.[fuzz]' || echo "no atheris for this machine: no fuzzing by coverage"
 	touch $@

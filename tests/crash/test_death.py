@@ -419,6 +419,7 @@ def test_without_a_lock_a_child_keeps_no_connection(kind: str, address: str) -> 
                 try:
                     peer.kill()
                     until(lambda: "peer" in front.statistics()["left"], "the dead is named")
+                    peer.join(WAIT)  # only then is its child ours to wait for
                     os.kill(child, 0)  # it lives
                 finally:
                     os.kill(child, signal.SIGKILL)
@@ -448,6 +449,7 @@ def test_the_address_of_a_listener_whose_child_lives_on(scheme: str) -> None:
                 listener.kill()
                 with pytest.raises(PeerGone):
                     peer.receive(timeout=WAIT)
+                listener.join(WAIT)  # the kernel closes one socket after the other
                 with transport.listen(address, config=config()) as successor:
                     assert successor.addresses == [address]
                 os.kill(child, 0)  # it lives

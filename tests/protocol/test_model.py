@@ -101,6 +101,7 @@ def _uncovered(kinds: set[object], wanted: str) -> list[str]:
     return [words for words in wanted.split("|") if not any(words in str(kind) for kind in kinds)]
 
 
+@pytest.mark.timeout(600)  # some seconds of one processor, of which a busy machine may give a tenth
 @pytest.mark.parametrize(("options", "floor", "covered"), COMPLETE, ids=[row[0] for row in COMPLETE])
 def test_every_reachable_state_is_right(options: str, floor: int, covered: str) -> None:
     result = explore(Model(parse(options.split())))
