@@ -395,6 +395,7 @@ def test_a_process_whose_child_lives_on(kind: str) -> None:
                 peer.kill()
                 until(lambda: "peer" in front.statistics()["left"], "the dead is named")
                 until(lambda: not front.statistics()["backend"]["ring"].live, "its space comes back")
+                peer.join(WAIT)  # only then is its child ours to wait for
                 os.kill(child, 0)  # it lives
             finally:
                 os.kill(child, signal.SIGKILL)
