@@ -159,8 +159,14 @@ class _Parcels(Parcel):
         self._of[reader].release(reader)
 
     def fill(self) -> None:
-        for parcel in self._parcels:
-            parcel.fill()
+        left = list(self._parcels)
+        try:
+            while left:
+                left.pop().fill()
+        except BaseException:  # the one that failed has given itself up
+            for parcel in left:
+                parcel.abandon()
+            raise
 
     def abandon(self) -> None:
         for parcel in self._parcels:
