@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import transport
 from engine.config import EngineConfig
 from engine.errors import NoRankLeft, StartError
-from engine.fleet import Fleet, Member
+from engine.fleet import Elsewhere, Fleet, Member
 from engine.job import OUTSTANDING, Job
 from engine.protocol import Joined, Ready, Reply, Stop
 from engine.results import RankStatus, WorkerStatus
@@ -132,7 +132,8 @@ class Dispatcher:
                 states = "; ".join(worker.missing(self._front.addresses[-1:]) for worker in waiting)
                 if now > began + timeout:
                     raise StartError(f"not ready within {timeout:g} s (startup_timeout): {states}")
-                _log.warning("waiting for %.0f s, %g at most: %s", now - began, timeout, states)
+                if any(isinstance(worker.process, Elsewhere) for worker in waiting):
+                    _log.warning("waiting for %.0f s, %g at most: %s", now - began, timeout, states)
                 said = now
             self.progress()
         self._started = True
@@ -203,9 +204,10 @@ class Dispatcher:
         worker.joined, worker.linked = joined, True
         worker.host, worker.pid = joined.host, joined.pid
         if joined.serves != self._here.serves:
+            why = f"it serves {joined.serves}, its head {self._here.serves}"
             with suppress(transport.TransportError):
-                self._front.send(Stop(), to=worker.process.name, timeout=_STOP_TIMEOUT)
-            self._cannot_serve(rank, worker, f"it serves {joined.serves}, its head {self._here.serves}")
+                self._front.send(Stop(why), to=worker.process.name, timeout=_STOP_TIMEOUT)
+            self._cannot_serve(rank, worker, why)
 
     def _cannot_serve(self, rank: _Rank, worker: _Worker, error: str) -> None:
         if not self._started:

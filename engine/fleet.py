@@ -74,12 +74,14 @@ class Fleet:
         self._config = config
         self._restarts: Counter[str] = Counter()
         self._ray = RayRanks(config) if config.data_parallel_backend == "ray" else None
-        self._local = LocalRanks(config)
         self.members: dict[str, Sequence[Member]] = {}
-        self.addresses = [self._local.address] if config.local_ranks else []
+        self.addresses: list[str] = []
         if len(config.local_ranks) < config.data_parallel_size:
             host = config.data_parallel_address or (self._ray.own_address if self._ray else "127.0.0.1")
             self.addresses.append(listening_address(host, config.data_parallel_rpc_port))
+        self._local = LocalRanks(config)
+        if config.local_ranks:
+            self.addresses.insert(0, self._local.address)
 
     def start(self, addresses: Sequence[str]) -> None:
         """Start what is started from here. `addresses`: where the head listens now, ports filled in.

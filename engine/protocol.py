@@ -61,7 +61,9 @@ class Request(msgspec.Struct, tag=True, frozen=True):
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):
-    """To each worker: finish what you have and leave."""
+    """To each worker: finish what you have and leave. reason: why it is not wanted; "" at the end of a run."""
+
+    reason: str = ""
 
 
 class Reply(msgspec.Struct, tag=True, frozen=True):

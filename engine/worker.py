@@ -67,10 +67,10 @@ class Worker:
         # On the CPU the model reads the views into the ring themselves.
         self._stager = Stager(device) if device.type == "cuda" else None
         self._opened: queue.SimpleQueue[_Opened | None] = queue.SimpleQueue()
-        self._told_to_stop = False
+        self._stop: Stop | None = None
 
-    def run(self) -> bool:
-        """Answer requests until the front end says stop, or goes, which is False.
+    def run(self) -> Stop | None:
+        """Answer requests until the front end says stop, and what it says; None when it is gone.
 
         Raises:
             ParallelError: the other workers of this rank can't be reckoned with any more.
@@ -83,7 +83,7 @@ class Worker:
             del opened
             if self._parallel.rank == 0:
                 self._endpoint.send(reply, to=FRONT, timeout=_SEND_TIMEOUT)
-        return self._told_to_stop
+        return self._stop
 
     def _receive(self) -> None:
         try:
@@ -106,7 +106,7 @@ class Worker:
                 _log.error("a request could not be read: %s", error)
                 continue
             if isinstance(message.body, Stop):
-                self._told_to_stop = True
+                self._stop = message.body
                 return
             self._opened.put(_Opened(message.body, time.monotonic_ns(), staged(message)))
             del message
@@ -204,7 +204,7 @@ def serve(place: Place, address: str, config: EngineConfig, *, patience: float =
             model = choose_model(config)
             parallel = _join(place, device, config)
             load_part(model, device=device, seed=config.seed, parallel=parallel)
-            told_to_stop = Worker(endpoint, model, device, parallel).run()
+            stop = Worker(endpoint, model, device, parallel).run()
         except transport.TransportError as error:
             print(error, file=sys.stderr)
             return HEAD_LOST
@@ -213,7 +213,12 @@ def serve(place: Place, address: str, config: EngineConfig, *, patience: float =
             endpoint.send(Ready(error=str(error) if expected else _named(error)), to=FRONT)
             return 1
         parallel.leave()
-    return 0 if told_to_stop else HEAD_LOST
+    if stop is None:
+        return HEAD_LOST
+    if stop.reason:
+        print(f"the head does not want this worker: {stop.reason}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _connected(name: str, address: str, config: EngineConfig, patience: float) -> transport.Endpoint:

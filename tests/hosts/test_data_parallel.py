@@ -120,7 +120,9 @@ def test_a_rank_that_serves_something_else_is_refused(hosts: tuple[Host, Host]) 
     near, far = hosts
     with headless(far, near, "--seed", "5") as there, head_on(near, *TWO, "-dpl", "1") as head:
         error = head.answer()["error"]
-        there.communicate()
+        _, said = there.communicate()
+    assert there.returncode == 1
+    assert "tensorferry: rank1: the head does not want this worker: it serves" in said
     assert "on far) could not start: it serves tests.engine.models:Checksum with seed 5 on 2 × 1" in error
     assert "its head tests.engine.models:Checksum with seed 0" in error
 
