@@ -61,7 +61,7 @@ class Request(msgspec.Struct, tag=True, frozen=True):
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):
-    """To each worker: finish what you have and leave. reason: why it is not wanted; "" at the end of a run."""
+    """To each worker: finish what you have and leave. reason: why it is not wanted; "" when all is done."""
 
     reason: str = ""
 
