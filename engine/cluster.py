@@ -151,7 +151,7 @@ def _connect(ray: Any) -> bool:
         return False
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        # What ranks write stays in Ray's logs: else it would come to our standard output, as results do.
+        # What ranks write stays in Ray's logs, since Ray would print it where our results go.
         ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
     except ConnectionError as error:
         raise StartError(

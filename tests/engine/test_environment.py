@@ -108,7 +108,7 @@ def check(document: Path, ranks: int) -> None:
     assert written["error"] == ""
     assert len(written["results"]) == 12
     for result in written["results"]:
-        assert result["embedding"] == expected(picture(result["index"])).tolist()
+        assert result["embedding"] == expected(picture(int(Path(result["file"]).stem))).tolist()
     assert [rank["name"] for rank in written["ranks"]] == [f"rank{number}" for number in range(ranks)]
     assert all(rank["requests"] > 0 for rank in written["ranks"])
 

@@ -74,7 +74,8 @@ def test_ray_places_the_ranks_and_starts_them_again(
     near, _ = cluster
     for name, value in (_QUIET | {"RAY_ADDRESS": f"{near.address}:{_PORT}"}).items():
         monkeypatch.setenv(name, value)
-    with head_on(near, "-dp", "2", "--data-parallel-backend", "ray", "--insecure") as head:
+    flags = ["-dp", "2", "--data-parallel-backend", "ray", "--insecure", "--startup-timeout", "400"]
+    with head_on(near, *flags) as head:
         assert head.answer() == "ready"
         assert check(head.encode(16)) == {"rank0", "rank1"}
         first = workers(head)
