@@ -25,10 +25,10 @@ SMALL: Mapping[str, Mapping[str, Json]] = {
 
 
 def small(name: str) -> list[Row]:
-    """The first row of a benchmark for each of its columns or ways, made small."""
+    """The first row of a benchmark for each of its columns or, without such, its parts; made small."""
     rows: dict[object, Row] = {}
     for row in BENCHMARKS[name].rows(True):
-        rows.setdefault(row.arguments.get("column", row.arguments.get("way")), row)
+        rows.setdefault(row.arguments.get("column", row.parts.get("near")), row)
     return [dataclasses.replace(row, arguments={**row.arguments, **SMALL[name]}) for row in rows.values()]
 
 
