@@ -8,11 +8,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 import transport
 from bench import links, payload
@@ -20,8 +18,6 @@ from bench.floor import TIMEOUT
 from bench.harness import Result, Row, number, numbers
 from bench.part import Json, Report, WrongAnswerError
 from bench.report import FAILED, Benchmark, Grid, figure
-
-Bytes: TypeAlias = "NDArray[np.uint8]"
 
 MIB = 1 << 20
 WORKERS = 2
@@ -46,21 +42,23 @@ Figures: median [lowest..highest round] of the medians of the rounds."""
 
 
 class _Device:
-    """Where one worker's tensors go: a GPU, or a place in ordinary memory."""
+    """Where one worker's tensors go: a GPU, fed from registered memory, or a place in ordinary memory."""
 
     def __init__(self, name: str, worker: int, nbytes: int) -> None:
         self._gpu = torch.device("cuda", worker) if name == "cuda" else None
         self._place = torch.empty(nbytes, dtype=torch.uint8, device=self._gpu or "cpu")
         self.pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._gpu is not None).numpy()
         self.pinned.fill(1)
+        if self._gpu is not None:
+            transport.register_rings(self._gpu.index)
+            self._stream = transport.copies_from_host(self._gpu.index)
 
-    def copy(self, source: Bytes) -> None:
+    def copy(self, source: transport.Bytes) -> None:
         """Copy bytes to the device; complete on return."""
         if self._gpu is None:
             np.copyto(self._place.numpy(), source)
         else:
-            self._place.copy_(torch.from_numpy(source))
-            torch.cuda.synchronize(self._gpu)
+            transport.copy_in(self._place, 0, source, self._stream).synchronize()
 
     def check(self, stamp: int, checksum: int) -> None:
         """`WrongAnswerError` unless the device has the payload of that message; -1: its stamp is enough."""
@@ -70,6 +68,14 @@ class _Device:
         payload.check_stamp(host, stamp)
         if checksum >= 0:
             payload.check(host, stamp, checksum)
+
+    def registered(self) -> None:
+        """Wait until the rings that are mapped here are registered, as far as they are used."""
+        deadline = time.monotonic() + TIMEOUT
+        while self._gpu is not None and not (state := transport.registered()).nbytes:
+            if state.refused or time.monotonic() > deadline:
+                raise WrongAnswerError(f"the ring is not registered: {state.refused or 'not in time'}")
+            time.sleep(0.01)
 
 
 # ---------------------------------------------------------------------- the sending end
@@ -157,6 +163,8 @@ def worker(folder: Path, *, place: int, way: str, nbytes: int, messages: int, de
             fed.copy(body["data"].numpy().view(np.uint8))
             fed.check(number_, body["crc"])
             del body
+            if number_ == 0 and way != "pickle":
+                fed.registered()
             link.send({"n": number_})
         if way != "pickle":
             link.check_way()
@@ -207,6 +215,7 @@ def feed_worker(folder: Path, *, place: int, nbytes: int, messages: int, device:
         ring = body["data"].numpy().view(np.uint8)
         fed.copy(ring)
         fed.check(0, body["crc"])
+        fed.registered()
         link.send({"n": 0})
         for number_, phase in enumerate(PHASES, start=1):
             link.receive()
@@ -218,7 +227,7 @@ def feed_worker(folder: Path, *, place: int, nbytes: int, messages: int, device:
     return Report(values=rates, verified=1 + len(PHASES))
 
 
-def _rate(fed: _Device, array: Bytes) -> float:
+def _rate(fed: _Device, array: transport.Bytes) -> float:
     start = time.perf_counter()
     fed.copy(array)
     return float(array.nbytes) / (time.perf_counter() - start) / 1e9
