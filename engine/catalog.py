@@ -17,14 +17,12 @@ def choose_model(config: EngineConfig) -> Model:
     Raises:
         ModelError: there is no such model, or it can't do what was asked for.
     """
-    folder = folder_of(config.model)
-    if folder is not None:
-        from engine.huggingface import FolderModel
+    folder = _folder(config)
+    if folder is None:
+        return load_model(config.model)
+    from engine.huggingface import FolderModel
 
-        return FolderModel(folder, generate=config.generate, max_tokens=config.max_tokens)
-    if config.generate is not None:
-        raise ModelError(f"--generate needs a model from a folder; {config.model!r} only makes embeddings")
-    return load_model(config.model)
+    return FolderModel(folder, generate=config.generate, max_tokens=config.max_tokens)
 
 
 def choose_processor(config: EngineConfig) -> Processor:
@@ -33,7 +31,7 @@ def choose_processor(config: EngineConfig) -> Processor:
     Raises:
         ModelError: as `choose_model`.
     """
-    folder = folder_of(config.model)
+    folder = _folder(config)
     if folder is None:
         return Patches(megapixels=config.megapixels)
     from engine.huggingface import FolderProcessor
@@ -41,14 +39,12 @@ def choose_processor(config: EngineConfig) -> Processor:
     return FolderProcessor(folder, megapixels=config.megapixels)
 
 
-def folder_of(model: str) -> Path | None:
-    """The folder that `--model` names, or None where it names no folder.
-
-    Raises:
-        ModelError: there is none, it holds no model, or what reads it isn't installed.
-    """
-    path = Path(model).expanduser()
+def _folder(config: EngineConfig) -> Path | None:
+    """The folder that the model is in, or None where `--model` names no folder."""
+    model, path = config.model, Path(config.model).expanduser()
     if model == "builtin" or (os.sep not in model and not path.is_dir()):
+        if config.generate is not None:
+            raise ModelError(f"--generate needs a model from a folder; {model!r} only makes embeddings")
         return None
     if not path.is_dir():
         raise ModelError(f"model {model!r}: there is no such folder")

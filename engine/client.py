@@ -66,12 +66,12 @@ class Engine:
         self._fleet = Fleet(self.config)
         self._stack = ExitStack()
         try:
+            # First, since it may take seconds to import, and ranks that come meanwhile want to be answered.
+            self._loader = Loader(self._processor(), ahead=self.config.images_per_prompt)
+            self._stack.callback(self._loader.close)
             self._front = self._listen()
             self._stack.callback(self._front.close)
             self._fleet.start(self._front.addresses)
-            # While the ranks load the model: what stands before it may take seconds to import, too.
-            self._loader = Loader(self._processor(), ahead=self.config.images_per_prompt)
-            self._stack.callback(self._loader.close)
             self._dispatcher = Dispatcher(self._front, self._fleet, self.config)
             self._dispatcher.wait_until_ready(self.config.startup_timeout)
         except BaseException:
