@@ -183,7 +183,8 @@ def test_a_stopped_worker_ends_its_rank_when_the_time_is_over() -> None:
 @two_gpus
 def test_a_worker_killed_on_its_gpu_takes_its_rank_along() -> None:
     """Nothing but SIGKILL ends the sum that the other one is in then."""
-    with Engine(EngineConfig(tensor_parallel_size=2, device="cuda", images_per_prompt=1)) as engine:
+    config = EngineConfig(tensor_parallel_size=2, device="cuda", images_per_prompt=1, rank_restarts=0)
+    with Engine(config) as engine:
         answering, victim = engine.peers[0].workers
         assert {answering.device, victim.device} == {"cuda:0", "cuda:1"}
         os.kill(victim.pid, signal.SIGSTOP)
