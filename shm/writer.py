@@ -229,9 +229,9 @@ class RingWriter:
                     self._ledger.land(record, column)
 
     def lives(self, record: Record) -> bool:
-        """Whether a record is still there, as of the last look: somebody counts on it or may have it open."""
+        """Whether a record is still there, as of the last look; False once the ring is closed here."""
         with self._lock:
-            return self._ledger.live.get(record.slot) is record
+            return not self._closed and self._ledger.live.get(record.slot) is record
 
     def lend(self, record: Record, *, keep: bool = True) -> NDArray[np.uint8]:
         """A writable view that counts on the record until the last view of it is gone (a loan).

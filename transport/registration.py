@@ -181,7 +181,7 @@ class Registrar:
             assert memory is not None
             try:
                 memory.unregister(ring.address + start)
-            except DeviceError as error:
+            except DeviceError as error:  # the context is broken: nothing is read through it any more
                 self._refuse(str(error))
 
     def _refuse(self, reason: str) -> None:

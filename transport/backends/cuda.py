@@ -39,14 +39,14 @@ class CudaOutbound:
     def __init__(self, ring: ShmOutbound) -> None:
         self._ring = ring
         self._lock = threading.Lock()
-        self._in_use: list[tuple[shm.Record, Pool, Region]] = []
+        self._in_use: list[tuple[shm.RingWriter, shm.Record, Pool, Region]] = []
         self._tensors = self._nbytes = 0
 
     def takes(self, source: Source, readers: Sequence[Peer]) -> bool:
         """Whether a tensor can stay where it is for all of these readers."""
-        return isinstance(source, DeviceSource) and all(
-            self._ring.device_of(reader) == source.device for reader in readers
-        )
+        if not isinstance(source, DeviceSource) or not self._ring.map_one_ring(readers):
+            return False
+        return all(self._ring.device_of(reader) == source.device for reader in readers)
 
     def put(
         self, sources: Sequence[Source], readers: Sequence[Peer], *, timeout: float, poll: Poll
@@ -67,9 +67,8 @@ class CudaOutbound:
             raise
         assert isinstance(parcel, ShmParcel)
         with self._lock:
-            self._in_use += [
-                (record, pool, region) for record, (pool, region) in zip(parcel.records, taken, strict=True)
-            ]
+            for (ring, record), (pool, region) in zip(parcel.records, taken, strict=True):
+                self._in_use.append((ring, record, pool, region))
             self._tensors += len(sources)
             self._nbytes += sum(source.nbytes for source in sources)
         return _OnDevice(parcel)
@@ -97,16 +96,16 @@ class CudaOutbound:
 
     def _reclaim(self) -> bool:
         """Take back the pieces whose records nobody counts on or has open; whether there were any."""
-        ring, kept = self._ring.ring(), []
-        while ring.look():
-            pass
-        for record, pool, region in self._in_use:
+        for ring in {ring.identity: ring for ring, *_ in self._in_use}.values():
+            while ring.look():
+                pass
+        in_use, self._in_use = self._in_use, []
+        for ring, record, pool, region in in_use:
             if ring.lives(record):
-                kept.append((record, pool, region))
+                self._in_use.append((ring, record, pool, region))
             else:
                 pool.give(region)
-        self._in_use, before = kept, len(self._in_use)
-        return len(kept) < before
+        return len(self._in_use) < len(in_use)
 
     def statistics(self) -> dict[str, object]:
         """Tensors and bytes that stayed on a GPU."""

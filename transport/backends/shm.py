@@ -83,9 +83,9 @@ class ShmParcel(Parcel):
         self._columns = columns
 
     @property
-    def records(self) -> Sequence[shm.Record]:
-        """The records, in the order of the tensors."""
-        return self._records
+    def records(self) -> Sequence[tuple[shm.RingWriter, shm.Record]]:
+        """The records and their ring; in the order of the tensors, where none of these is a loan or empty."""
+        return [(self._writer, record) for record in self._records]
 
     def load(self, reader: Peer) -> Load:
         return self._load
@@ -116,6 +116,7 @@ class _Unfilled(ShmParcel):
 
     def fill(self) -> None:
         try:
+            _tenure = self._writer.tenure  # as in `ShmOutbound._fill`
             for source, record in self._left:
                 if not self._waiting:  # nobody was told, or nobody is left
                     break
@@ -253,6 +254,12 @@ class ShmOutbound(Outbound):
     def admitted(self, peer: Peer) -> bool:
         """Whether the peer proved that it maps the ring."""
         return peer in self._places
+
+    def map_one_ring(self, readers: Sequence[Peer]) -> bool:
+        """Whether all of these proved to map a ring, and the same."""
+        places = [self._places.get(reader) for reader in readers]
+        rings = {None if place is None else place.ring.identity for place in places}
+        return len(rings) == 1 and None not in rings
 
     def alive(self, peer: Peer) -> bool | None:
         """Whether the peer's lock on its column is held; None when it has no column."""
