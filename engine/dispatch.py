@@ -189,6 +189,9 @@ class Dispatcher:
             self._answered(rank, message.body)
         elif isinstance(message.body, Joined):
             self._came(rank, worker, message.body)
+        elif message.body.error and rank.gone and self._started:
+            # Of the old process, or of the new one, whose end is seen by itself.
+            _log.error("%s could not serve: %s", worker, message.body.error)
         elif message.body.error:
             self._cannot_serve(rank, worker, message.body.error)
         else:
@@ -214,7 +217,10 @@ class Dispatcher:
             raise StartError(f"{worker} could not start: {error}")
         # It lost another worker, whose death says more, and may be known a moment later only.
         others = [other for other in rank.workers if other is not worker]
-        if not any(other.process.wait(_FATE_TIMEOUT / len(others)) for other in others):
+        ended = (other for other in others if other.process.wait(_FATE_TIMEOUT / len(others)))
+        if first := next(ended, None):
+            self._lose(rank, first, self._fate(first))
+        else:
             self._lose(rank, worker, f"can't go on: {error}")
 
     def _answered(self, rank: _Rank, reply: Reply) -> None:
@@ -274,7 +280,10 @@ class Dispatcher:
                 worker.linked = True
                 worker.near = peer.backend.startswith("shm")
             elif worker.linked or (rank.expected and not worker.process.running):
-                self._lose(rank, worker, self._fate(worker))
+                # Of several that went, one that was killed: the others only missed it.
+                killed = (w for w in rank.workers if w.process.fate().startswith("was killed"))
+                culprit = next(killed, worker)
+                self._lose(rank, culprit, self._fate(culprit))
 
     def _may_serve(self, rank: _Rank) -> bool:
         return not rank.gone or (rank.expected and time.monotonic() - rank.since < self._patience)
