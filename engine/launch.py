@@ -190,15 +190,12 @@ class LocalRanks:
 
 
 def wait_for_an_end(processes: Sequence[RankProcess], timeout: float) -> None:
-    """Until one of these running processes has ended, or `timeout` seconds are over."""
+    """Until one more of these processes has ended, or `timeout` seconds are over."""
     with ExitStack() as stack:
-        watched = []
-        for process in processes:
-            with suppress(ProcessLookupError):
-                watched.append(os.pidfd_open(process.pid))
-                stack.callback(os.close, watched[-1])
-        if len(watched) == len(processes):
-            select.select(watched, [], [], timeout)
+        watched = [os.pidfd_open(process.pid) for process in processes if process.running]
+        for descriptor in watched:
+            stack.callback(os.close, descriptor)
+        select.select(watched, [], [], timeout)
 
 
 def private_folder() -> Path:
