@@ -55,10 +55,10 @@ class Headless:
     def _starts_again(self, rank: str, workers: list[RankProcess]) -> bool:
         """Whether a rank of which a worker has ended is to be started again; if not, whether it failed."""
         ended = [worker for worker in workers if not worker.running]
-        # What killed one says more than that the others missed it then.
-        first = min(ended, key=lambda worker: (worker.code or 0) in (0, HEAD_LOST, 1))
-        if first.code == 0:
+        if any(worker.code == 0 for worker in ended):
             return False
+        # What killed one says more than that the others missed it then.
+        first = min(ended, key=lambda worker: worker.code in (HEAD_LOST, 1))
         if first.code == HEAD_LOST:
             _log.warning(
                 "%s lost the head at %s; it waits up to %g s for the next", rank, self.address, self._patience
