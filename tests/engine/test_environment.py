@@ -125,6 +125,7 @@ def test_torchrun_places_the_ranks(tmp_path: Path) -> None:
     check(document, ranks=2)
 
 
+@pytest.mark.stress
 def test_slurm_places_the_ranks(tmp_path: Path) -> None:
     save(tmp_path, 12)
     document = tmp_path / "out.json"

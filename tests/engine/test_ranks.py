@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 import transport
-from engine import ConfigError, Engine, EngineConfig, NoRankLeft
+from engine import ConfigError, Engine, EngineConfig, NoRankLeft, StartError
 from engine.model import Batch
 from engine.protocol import FRONT, Joined, Ready, Reply, Request, Stop, transport_config
 from tests.engine.models import Checksum
@@ -104,6 +105,56 @@ def test_a_late_answer_of_a_request_that_was_sent_again_is_dropped_and_counted()
         assert result.embedding.equal(expected(picture(number)))
     assert figures.late == 1
     assert figures.images == figures.requests
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    port = free_port()
+    config = EngineConfig(
+        data_parallel_size=2, data_parallel_size_local=0, data_parallel_rpc_port=port, startup_timeout=0.3
+    )
+    with pytest.raises(StartError) as caught:
+        Engine(config)
+    assert str(caught.value) == (
+        "not ready within 0.3 s (startup_timeout): "
+        f"rank0 (of another host) has not connected to tcp://127.0.0.1:{port}; "
+        f"rank1 (of another host) has not connected to tcp://127.0.0.1:{port}"
+    )
+
+
+def test_a_head_that_does_not_come_is_named() -> None:
+    port = str(free_port())
+    with python("-m", "engine", "run", "--headless", "-dpp", port, "--head-timeout", "0.3") as there:
+        _, said = there.communicate()
+    assert there.returncode == 1
+    assert (
+        f"tensorferry: rank0: 'rank0' could not connect to tcp://127.0.0.1:{port}: nobody listens there\n"
+        in said
+    )
+
+
+def test_a_rank_that_serves_something_else_is_refused() -> None:
+    port = free_port()
+    config = EngineConfig(data_parallel_size_local=0, data_parallel_rpc_port=port, model=MODEL)
+    flags = ["--headless", "-dpp", str(port), "--model", MODEL, "--seed", "5"]
+    with python("-m", "engine", "run", *flags) as there:
+        what = (
+            f"it serves {MODEL} with seed 5 on 1 × 1 workers, its head {MODEL} with seed 0 on 1 × 1 workers"
+        )
+        with pytest.raises(StartError) as caught:
+            Engine(config)
+        _, said = there.communicate()
+    where = rf"rank0 \(pid \d+ on {re.escape(socket.gethostname())}\)"
+    assert re.fullmatch(f"{where} could not start: {re.escape(what)}", str(caught.value))
+    assert there.returncode == 1
+    assert f"tensorferry: rank0: the head does not want this worker: {what}\n" in said
+
+
+def test_off_loopback_nobody_listens_without_keys_unless_told() -> None:
+    config = EngineConfig(data_parallel_size_local=0, data_parallel_address="192.0.2.77")
+    with pytest.raises(StartError, match=r"tcp://192.0.2.77:29550 is not a loopback .* --insecure"):
+        Engine(config)
+    with pytest.raises(StartError, match=r"'nowhere.invalid' is no address known here"):
+        Engine(EngineConfig(data_parallel_size_local=0, data_parallel_address="nowhere.invalid"))
 
 
 def test_a_headless_host_ends_when_its_rank_died_too_often() -> None:

@@ -99,37 +99,3 @@ def test_a_headless_host_outlives_its_head_and_serves_the_next(hosts: tuple[Host
         _, said = there.communicate()
     assert there.returncode == 0
     assert f"rank1 lost the head at tcp://{near.address}:29550; it waits up to 300 s for the next" in said
-
-
-def test_a_rank_that_does_not_come_is_named(hosts: tuple[Host, Host]) -> None:
-    near, far = hosts
-    with head_on(near, *TWO, "-dpl", "0", "--startup-timeout", "0.5") as head:
-        assert head.answer() == {
-            "error": "not ready within 0.5 s (startup_timeout): "
-            f"rank0 (of another host) has not connected to tcp://{near.address}:29550; "
-            f"rank1 (of another host) has not connected to tcp://{near.address}:29550"
-        }
-    with headless(far, near, "--head-timeout", "0.5") as there:
-        _, said = there.communicate()
-    assert there.returncode == 1
-    address = f"tcp://{near.address}:29550"
-    assert f"tensorferry: rank1: 'rank1' could not connect to {address}: nobody listens there\n" in said
-
-
-def test_a_rank_that_serves_something_else_is_refused(hosts: tuple[Host, Host]) -> None:
-    near, far = hosts
-    with headless(far, near, "--seed", "5") as there, head_on(near, *TWO, "-dpl", "1") as head:
-        error = head.answer()["error"]
-        _, said = there.communicate()
-    assert there.returncode == 1
-    assert "tensorferry: rank1: the head does not want this worker: it serves" in said
-    assert "on far) could not start: it serves tests.engine.models:Checksum with seed 5 on 2 × 1" in error
-    assert "its head tests.engine.models:Checksum with seed 0" in error
-
-
-def test_off_loopback_nobody_listens_without_keys_unless_told(hosts: tuple[Host, Host]) -> None:
-    near, _ = hosts
-    with head_on(near, "-dp", "2", "-dpl", "1") as head:
-        error = head.answer()["error"]
-    assert f"tcp://{near.address}:29550 is not a loopback address" in error
-    assert "--insecure" in error
