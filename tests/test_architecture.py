@@ -30,7 +30,7 @@ RANKS: dict[str, list[set[str]]] = {
         {"tensors"},
         {"codec", "message", "waiting"},
         {"backends.base"},
-        {"backends.budget", "assembly", "wire", "registry"},
+        {"backends.budget", "backends.records", "assembly", "wire", "registry"},
         {"backends.inline", "backends.frames", "backends.shm", "backends.tcp", "link"},
         {"backends.cuda"},
         {"backends.auto", "roster"},
@@ -60,6 +60,7 @@ RANKS: dict[str, list[set[str]]] = {
 DOORS_TO_SHM = {
     "transport.backends.shm",
     "transport.backends.cuda",
+    "transport.backends.records",
     "engine.ps",
     "engine.segments",
     "engine.top",

@@ -18,7 +18,8 @@ import torch
 import shm
 from transport import cudart, devices
 from transport.backends.base import Bytes, Inbound, Load, Parcel, Peer, Poll
-from transport.backends.shm import ShmInbound, ShmOutbound, ShmParcel
+from transport.backends.records import ShmParcel
+from transport.backends.shm import ShmInbound, ShmOutbound
 from transport.config import TransportConfig
 from transport.errors import Full, ProtocolError
 from transport.sharing import Importer, Pool, Region

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple, TypeVar
 
 import msgspec
@@ -28,6 +27,7 @@ from transport.backends.base import (
     Proof,
     Refusal,
 )
+from transport.backends.records import Parcels, ShmParcel, Unfilled
 from transport.config import TransportConfig
 from transport.errors import Full, PeerGone, ProtocolError, Timeout, TooLarge
 from transport.sharing import Exporter, Importer
@@ -69,109 +69,6 @@ _proofs = msgspec.msgpack.Decoder(_Proof)
 _encode = msgspec.msgpack.Encoder().encode
 _WORTH_FOLLOWING = 1 << 20  # bytes; less is copied before the peer has woken up
 _NO_BYTES = ("inline", _encode(b""))  # a record needs at least one byte
-
-
-class ShmParcel(Parcel):
-    """Records that count as in flight for each reader until it has taken the message."""
-
-    def __init__(
-        self, writer: shm.RingWriter, records: list[shm.Record], load: Load, columns: dict[Peer, int]
-    ) -> None:
-        self._writer = writer
-        self._records = records
-        self._load = load
-        self._columns = columns
-
-    @property
-    def records(self) -> Sequence[tuple[shm.RingWriter, shm.Record]]:
-        """The records and their ring; in the order of the tensors, where none of these is a loan or empty."""
-        return [(self._writer, record) for record in self._records]
-
-    def load(self, reader: Peer) -> Load:
-        return self._load
-
-    def release(self, reader: Peer) -> None:
-        self._writer.drop(self._records, self._columns[reader])
-
-
-class _Unfilled(ShmParcel):
-    """Records that are published, and filled only when the readers have been told, who follow the copy."""
-
-    def __init__(
-        self,
-        writer: shm.RingWriter,
-        records: list[shm.Record],
-        load: Load,
-        columns: dict[Peer, int],
-        *,
-        left: Sequence[tuple[Source, shm.Record]],
-        threads: int,
-    ) -> None:
-        super().__init__(writer, records, load, columns)
-        self._left = left
-        self._threads = threads
-        self._waiting = set(columns)  # who has not let go
-        self._given_up: set[int] = set()  # slots
-        self._lock = threading.Lock()
-
-    def fill(self) -> None:
-        try:
-            _tenure = self._writer.tenure  # as in `ShmOutbound._fill`
-            for source, record in self._left:
-                if not self._waiting:  # nobody was told, or nobody is left
-                    break
-                source.fill(
-                    self._writer.buffer(record),
-                    threads=self._threads,
-                    progress=partial(self._writer.progress, record),
-                )
-            else:
-                self._writer.commit([record for _, record in self._left])
-                return
-        except BaseException:
-            self.abandon()
-            raise
-        self.abandon()
-
-    def abandon(self) -> None:
-        records = [record for _, record in self._left]
-        with self._lock:
-            self._given_up = {record.slot for record in records}
-            self._writer.abort(records)
-
-    def release(self, reader: Peer) -> None:
-        with self._lock:
-            self._waiting.discard(reader)
-            records = [record for record in self._records if record.slot not in self._given_up]
-            self._writer.drop(records, self._columns[reader])
-
-
-class _Parcels(Parcel):
-    """One parcel for each ring that readers of a message map."""
-
-    def __init__(self, parcels: Sequence[tuple[Parcel, Sequence[Peer]]]) -> None:
-        self._parcels = [parcel for parcel, _ in parcels]
-        self._of = {peer: parcel for parcel, readers in parcels for peer in readers}
-
-    def load(self, reader: Peer) -> Load:
-        return self._of[reader].load(reader)
-
-    def release(self, reader: Peer) -> None:
-        self._of[reader].release(reader)
-
-    def fill(self) -> None:
-        left = list(self._parcels)
-        try:
-            while left:
-                left.pop().fill()
-        except BaseException:  # the one that failed has given itself up
-            for parcel in left:
-                parcel.abandon()
-            raise
-
-    def abandon(self) -> None:
-        for parcel in self._parcels:
-            parcel.abandon()
 
 
 class _Place(NamedTuple):
@@ -381,7 +278,7 @@ class ShmOutbound(Outbound):
         if not followed:
             return ShmParcel(writer, records, load, columns)
         left = list(zip(fresh, reserved, strict=True))
-        return _Unfilled(writer, records, load, columns, left=left, threads=self._threads)
+        return Unfilled(writer, records, load, columns, left=left, threads=self._threads)
 
     def _fill(
         self, writer: shm.RingWriter, sources: Sequence[Source], records: list[shm.Record], *, followed: bool
@@ -419,7 +316,7 @@ class ShmOutbound(Outbound):
                 for peer in group:
                     parcel.release(peer)
             raise
-        return _Parcels(parcels)
+        return Parcels(parcels)
 
     def _places_of(self, readers: Sequence[Peer]) -> dict[Peer, _Place]:
         """Where readers that proved to map a ring read; `Full` names the others."""
