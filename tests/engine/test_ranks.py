@@ -153,8 +153,6 @@ def test_off_loopback_nobody_listens_without_keys_unless_told() -> None:
     config = EngineConfig(data_parallel_size_local=0, data_parallel_address="192.0.2.77")
     with pytest.raises(StartError, match=r"tcp://192.0.2.77:29550 is not a loopback .* --insecure"):
         Engine(config)
-    with pytest.raises(StartError, match=r"'nowhere.invalid' is no address known here"):
-        Engine(EngineConfig(data_parallel_size_local=0, data_parallel_address="nowhere.invalid"))
 
 
 def test_a_headless_host_ends_when_its_rank_died_too_often() -> None:
