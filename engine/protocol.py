@@ -34,7 +34,8 @@ class Joined(msgspec.Struct, tag=True, frozen=True):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         sizes = f"{config.data_parallel_size} × {config.tensor_parallel_size}"
         model = Path(config.model).name  # of a folder, which need not lie at the same place everywhere
-        serves = f"{model} with seed {config.seed} on {sizes} workers"
+        asked = f", asked {config.generate!r} for {config.max_tokens} tokens" if config.generate else ""
+        serves = f"{model} with seed {config.seed} on {sizes} workers{asked}"
         return cls(socket.gethostname(), os.getpid(), boot, serves)
 
 
