@@ -10,8 +10,10 @@ VENV_FLAGS ?=
 TORCH ?=
 TORCH_INDEX ?=
 JOBS ?= 2
-BENCH ?= channel ring memory idle
+BENCH ?= table latency scale channel ring memory idle
 ARGS ?=
+
+VLLM := vllm==0.25.1
 
 # Relative, so that a checkout whose path has a space in it works.
 BIN := .venv/bin
@@ -32,11 +34,11 @@ INSTALL_TORCH = $(PIP) install -c $(PINS) $(if $(TORCH_INDEX),--index-url $(TORC
 	{ echo "no CPU build of torch in the package index: installing the default build"; $(PIP) install -c $(PINS) torch; }
 endif
 
-.PHONY: help run test check bench stress clean
+.PHONY: help run test check bench bench-peers stress clean
 .DEFAULT_GOAL := help
 
 help: ## list what can be made
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 run: .venv/installed ## encode photographs; ARGS="--data-parallel-size 2 my-photographs/"
 	$(BIN)/tensorferry run $(ARGS)
@@ -49,14 +51,17 @@ check: .venv/installed ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/installed ## the benchmarks; BENCH="ring" ARGS="--quick"
-	set -e; for name in $(BENCH); do $(BIN)/python -m bench $$name $(ARGS); done
+bench: .venv/installed ## the benchmarks, hours in all; BENCH="table" ARGS="--quick"
+	set -e; python=$(BIN)/python; test ! -e .venv-peers/installed || python=.venv-peers/bin/python; \
+	for name in $(BENCH); do $$python -m bench $$name $(ARGS); done
+
+bench-peers: .venv-peers/installed ## vLLM (without CUDA), Ray, iceoryx2 and zenoh for the benchmarks to run beside
 
 stress: .venv/installed ## the tests that run for minutes, one at a time
 	$(BIN)/python -m pytest -m stress --timeout 3600 $(ARGS)
 
 clean: ## remove what make made
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Some systems ship Python without ensurepip; their own pip then fills the environment.
@@ -67,4 +72,14 @@ clean: ## remove what make made
 	$(INSTALL_TORCH)
 	$(PIP) install -c $(PINS) -e '.[dev]'
 	$(PIP) install -c $(PINS) --only-binary atheris -e '.[fuzz]' || echo "no atheris for this machine: no fuzzing by coverage"
+	touch $@
+
+# On top of .venv, by a path file: torch is not installed twice. vLLM without what it depends on, which is gigabytes of CUDA:
+# the benchmarks use the few of its modules that carry tensors (bench/peers/vllm.py).
+.venv-peers/installed: .venv/installed bench/peers/requirements.txt
+	$(BIN)/python -m venv --without-pip .venv-peers
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$(.venv-peers/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
+	$(PIP) --python .venv-peers/bin/python install -c $(PINS) -r bench/peers/requirements.txt
+	$(PIP) --python .venv-peers/bin/python install --no-deps $(VLLM)
 	touch $@

@@ -1,16 +1,33 @@
-"""``python -m bench NAME [--rounds N] [--json FILE] [--quick]``; without a name the list of benchmarks."""
+"""``python -m bench NAME`` runs a benchmark; without a name it lists them.
+
+A long one can be run in slices: ``--rows`` and ``--layouts`` choose rows, ``--json`` keeps what was measured,
+``--add`` takes it in again, and ``--rounds 0`` only shows what was added.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from bench import channel, gpu, idle, machine, memory, report, ring, tensor_parallel
-from bench.harness import run
+from bench import (
+    channel,
+    gpu,
+    idle,
+    latency,
+    machine,
+    memory,
+    report,
+    ring,
+    scale,
+    table,
+    tensor_parallel,
+)
+from bench.harness import Result, Row, run
 
 BENCHMARKS = {
     "ring": ring.BENCHMARK,
@@ -19,8 +36,13 @@ BENCHMARKS = {
     "idle": idle.BENCHMARK,
     "gpu": gpu.BENCHMARK,
     "tensor-parallel": tensor_parallel.BENCHMARK,
+    "table": table.BENCHMARK,
+    "latency": latency.BENCHMARK,
+    "scale": scale.BENCHMARK,
 }
 
+_OLD = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FOLDER = click.Path(file_okay=False, path_type=Path)
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 # Wide enough for every table when the output is a file; a terminal keeps its own width.
@@ -34,30 +56,79 @@ def _console(*, stderr: bool = False) -> Console:
 
 @click.command(help=__doc__)
 @click.argument("name", required=False, type=click.Choice(list(BENCHMARKS)))
-@click.option("--rounds", type=click.IntRange(min=1), help="Rounds of every row [7; with --quick 3].")
+@click.option("--rounds", type=click.IntRange(min=0), help="Rounds of every row [7; with --quick 3].")
+@click.option("--rows", "columns", metavar="A,B", help="Only these ways (the first column of the tables).")
+@click.option("--layouts", metavar="A,B", help="Only these layouts, sizes or scales (the table's columns).")
 @click.option("--json", "file", type=_FILE, help="Write everything, raw samples included, to FILE.")
+@click.option("--add", "pieces", type=_OLD, multiple=True, help="Take in what --json wrote; repeatable.")
+@click.option("--figures", type=_FOLDER, help="Draw pictures, SVG and PNG, into this folder.")
 @click.option("--quick", is_flag=True, help="Few rows, few messages: to see that it works, not to quote.")
-def main(*, name: str | None, rounds: int | None, file: Path | None, quick: bool) -> None:
+def main(
+    *,
+    name: str | None,
+    rounds: int | None,
+    columns: str | None,
+    layouts: str | None,
+    file: Path | None,
+    pieces: tuple[Path, ...],
+    figures: Path | None,
+    quick: bool,
+) -> None:
     """Run one benchmark; status 1 if any row failed."""
     console = _console()
     if name is None:
-        listing = Table("name", "measures", title="python -m bench NAME", title_justify="left")
-        for known, benchmark in BENCHMARKS.items():
-            listing.add_row(known, benchmark.title)
-        console.print(listing)
+        _list(console)
         return
     benchmark = BENCHMARKS[name]
-    rows = benchmark.rows(quick)
-    rounds = rounds or (3 if quick else 7)
+    every = benchmark.rows(quick)
+    rows = _chosen(_chosen(every, "column", columns), "layout", layouts)
+    rounds = (3 if quick else 7) if rounds is None else rounds
     surroundings = {**machine.describe(), "rounds": str(rounds)}
     if quick:
         surroundings["quick"] = "not to be quoted"
-    with report.progress(_console(stderr=True), len(rows) * rounds) as done:
-        results = run(rows, rounds=rounds, done=done)
+    older = [report.read_json(piece, name, every) for piece in pieces]
+    for number, (there, _) in enumerate(older):
+        surroundings[f"added {number + 1}"] = "; ".join(there[key] for key in ("date", "load", "command"))
+    with report.progress(_console(stderr=True), sum(row.lacking is None for row in rows) * rounds) as done:
+        fresh = run(rows, rounds=rounds, seed=len(pieces), done=done) if rounds else []
+    results = report.in_order(report.merge([*(piece for _, piece in older), fresh]), every)
     report.show(console, surroundings, benchmark, results)
     if file is not None:
         report.write_json(file, name, surroundings, benchmark, results)
+    if figures is not None and benchmark.draw is not None:
+        figures.mkdir(parents=True, exist_ok=True)
+        good = [result for result in results if result.failure is None]
+        for drawn in benchmark.draw(good, figures, _caption(surroundings, good)):
+            console.print(f"wrote {drawn}")
     sys.exit(1 if report.failures(results) else 0)
+
+
+def _caption(surroundings: Mapping[str, str], results: Sequence[Result]) -> str:
+    """What must stand beside every figure, in one line."""
+    counts = sorted({len(result.outcomes) for result in results})
+    rounds = f"{counts[0]} to {counts[-1]} rounds" if len(counts) > 1 else f"{counts[0]} rounds"
+    kernel = surroundings["kernel"].partition("-")[0]
+    where = f"{surroundings['cpu']}, {surroundings['cores']} cores, Linux {kernel}"
+    return f"{where}; {rounds}, {surroundings['date'][:10]}; python -m bench"
+
+
+def _list(console: Console) -> None:
+    listing = Table("name", "measures", title="python -m bench NAME", title_justify="left")
+    for known, benchmark in BENCHMARKS.items():
+        listing.add_row(known, benchmark.title)
+    console.print(listing)
+
+
+def _chosen(rows: Sequence[Row], key: str, names: str | None) -> Sequence[Row]:
+    """The rows whose argument `key` is one of `names`, or all of them."""
+    if names is None:
+        return rows
+    wanted = {word.strip() for word in names.split(",")}
+    there = {str(row.arguments.get(key)) for row in rows}
+    if wanted - there:
+        unknown, known = (", ".join(sorted(each)) for each in (wanted - there, there))
+        raise click.UsageError(f"{unknown}: there is only {known}")
+    return [row for row in rows if str(row.arguments.get(key)) in wanted]
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ class Row:
 
     `parts` maps a role to "module:function"; each function is called as function(folder, **arguments) in a
     fresh process, `folder` being an empty directory that the parts of this round share. `limit`: seconds.
-    `accept` is called with the values of a round and raises ValueError where they do not suffice.
+    `accept` is called with the values of a round and raises ValueError where they do not suffice. `lacking`
+    says why the row can't be measured here (a peer that is not installed); such a row is not run.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Row:
     limit: float = 120.0
     sample_memory: bool = False
     accept: Callable[[Mapping[str, Json]], object] | None = None
+    lacking: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,8 @@ class Result:
     @property
     def failure(self) -> str | None:
         """Why the row has no figure: one bad round is enough; None when every round is good."""
+        if not self.outcomes:
+            return self.row.lacking or "not run"
         reasons = [outcome.failure for outcome in self.outcomes if outcome.failure is not None]
         if not reasons:
             return None
@@ -119,8 +123,9 @@ def run(
     if len(outcomes) != len(rows):
         raise ValueError("two rows have the same name")
     draw = random.Random(seed)
+    there = [row for row in rows if row.lacking is None]
     for number_ in range(rounds):
-        for position, row in enumerate(draw.sample(list(rows), len(rows))):
+        for position, row in enumerate(draw.sample(there, len(there))):
             outcome = _run_once(row, round_=number_, position=position)
             outcomes[row.name].append(outcome)
             if done is not None:

@@ -95,7 +95,7 @@ class EndpointLink:
 
 
 def _config(column: str, limits: Mapping[str, Any]) -> transport.TransportConfig:
-    return transport.TransportConfig(backend=BACKENDS[column], ring_bytes=RING_BYTES, **limits)
+    return transport.TransportConfig(backend=BACKENDS[column], **{"ring_bytes": RING_BYTES, **limits})
 
 
 def open_near(folder: Path, column: str, **limits: Any) -> Link:

@@ -11,6 +11,10 @@ from importlib import metadata
 from pathlib import Path
 
 DISTRIBUTIONS = ("tensorferry", "torch", "numpy", "pyzmq", "msgspec")
+PEERS = ("vllm", "iceoryx2", "ray", "eclipse-zenoh")
+"""Told only where they are installed."""
+
+_MISSING = "not installed"
 
 
 def _first(path: str, field: str) -> str:
@@ -25,7 +29,7 @@ def _version(distribution: str) -> str:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return _MISSING
 
 
 def _gib(number_of_bytes: int) -> str:
@@ -46,6 +50,7 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
     }
     versions = {distribution: _version(distribution) for distribution in DISTRIBUTIONS}
+    peers = {peer: version for peer in PEERS if (version := _version(peer)) != _MISSING}
     date = dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC")
     command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
-    return {**machine, **versions, "date": date, "command": command}
+    return {**machine, **versions, **peers, "date": date, "command": command}

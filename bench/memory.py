@@ -135,7 +135,7 @@ def _rows(quick: bool) -> list[Row]:
                 "nbytes": QUICK_IMAGE if quick else IMAGE,
             },
             sample_memory=True,
-            accept=_split,
+            accept=above_idle,
         )
         for prompts, images in LAYOUTS
         for column in COLUMNS
@@ -161,7 +161,7 @@ def _samples(values: Mapping[str, Json]) -> np.ndarray:
     return np.array([numbers(row) for row in rows])
 
 
-def _split(values: Mapping[str, Json]) -> np.ndarray:
+def above_idle(values: Mapping[str, Json]) -> np.ndarray:
     """Samples [n, 2] in MiB: private (anon + file) above the idle mean, shared."""
     samples = _samples(values)
     times, private, shared = samples[:, 0], (samples[:, 1] + samples[:, 2]) / MIB, samples[:, 3] / MIB
@@ -176,15 +176,15 @@ def _longest_gap(values: Mapping[str, Json]) -> float:
 
 
 def _peak(values: Mapping[str, Json]) -> float:
-    return float(_split(values).sum(axis=1).max())
+    return float(above_idle(values).sum(axis=1).max())
 
 
 def _ring(values: Mapping[str, Json]) -> float:
-    return float(_split(values)[:, 1].max())
+    return float(above_idle(values)[:, 1].max())
 
 
 def _beyond(images: float) -> Callable[[Mapping[str, Json]], float]:
-    return lambda values: float(_split(values)[:, 0].max()) - images
+    return lambda values: float(above_idle(values)[:, 0].max()) - images
 
 
 def _seconds(values: Mapping[str, Json]) -> float:

@@ -59,19 +59,23 @@ def _write(path: Path, result: Mapping[str, Json]) -> None:
     os.replace(draft, path)
 
 
+def record(folder: Path, role: str, call: Callable[[], Report]) -> None:
+    """Leave what `call` returned as the result of `role`, or why it failed, and raise that again."""
+    path = result_path(folder, role)
+    try:
+        _write(path, asdict(call()))
+    except Exception as error:
+        _write(path, {"failure": f"{type(error).__name__}: {error}"})
+        raise
+
+
 def main(spec: Mapping[str, Json]) -> int:
     """Run the part that `spec` (call, role, folder, arguments) describes; return the exit status."""
     _die_with_parent()
     faulthandler.enable()
     folder, arguments = Path(str(spec["folder"])), spec["arguments"]
-    path = result_path(folder, str(spec["role"]))
     assert isinstance(arguments, Mapping)
-    try:
-        report = _function(str(spec["call"]))(folder, **arguments)
-        _write(path, asdict(report))
-    except Exception as error:
-        _write(path, {"failure": f"{type(error).__name__}: {error}"})
-        raise
+    record(folder, str(spec["role"]), lambda: _function(str(spec["call"]))(folder, **arguments))
     return 0
 
 

@@ -24,6 +24,7 @@ from rich.table import Table
 from bench.harness import Outcome, Result, Row, Spread
 
 FAILED = "FAILED"
+LACKING = "not here"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +39,16 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """What `python -m bench NAME` runs: `rows(quick)` are measured, `show(results)` makes tables of them."""
+    """What `python -m bench NAME` runs: `rows(quick)` are measured, `show(results)` makes tables of them.
+
+    `draw(results, folder, caption)` makes pictures, with the caption in small print, and returns their files.
+    """
 
     title: str
     method: str
     rows: Callable[[bool], Sequence[Row]]
     show: Callable[[Sequence[Result]], Sequence[Grid]]
+    draw: Callable[[Sequence[Result], Path, str], Sequence[Path]] | None = None
 
 
 def figure(spread: Spread, *, digits: int = 3) -> str:
@@ -60,11 +65,43 @@ def _short(value: float, digits: int) -> str:
     return f"{value:,.{max(0, digits - whole)}f}"
 
 
+def cell(result: Result | None, text: Callable[[Result], str]) -> str:
+    """What stands in a table for a row: its text, that it failed, that it can't be run here, or nothing."""
+    if result is None:
+        return ""
+    if result.failure is None:
+        return text(result)
+    return FAILED if result.outcomes else LACKING
+
+
+def met(good: bool) -> str:
+    """What is said of an aim."""
+    return "met" if good else "MISSED"
+
+
+def table(
+    title: str, results: Sequence[Result], keys: tuple[str, str], text: Callable[[Result], str]
+) -> Grid:
+    """A grid of all results by two of their arguments: the first downwards, the second across."""
+    down, across = (list(dict.fromkeys(str(r.row.arguments[key]) for r in results)) for key in keys)
+    place = {tuple(str(r.row.arguments[key]) for key in keys): r for r in results}
+    rows = [[name, *(cell(place.get((name, column)), text) for column in across)] for name in down]
+    return Grid(title=title, columns=["", *across], rows=rows)
+
+
 def failures(results: Sequence[Result]) -> list[str]:
     """One line for each row that has no figure."""
     return [
-        f"{FAILED} {result.row.name}: {result.failure}" for result in results if result.failure is not None
+        f"{FAILED} {result.row.name}: {result.failure}"
+        for result in results
+        if result.failure is not None and result.outcomes
     ]
+
+
+def lacking(results: Sequence[Result]) -> list[str]:
+    """One line for each reason why rows can't be measured here."""
+    reasons = dict.fromkeys((str(r.row.arguments["column"]), r.failure) for r in results if not r.outcomes)
+    return [f"{LACKING}: {column}: {reason}" for column, reason in reasons]
 
 
 @contextlib.contextmanager
@@ -105,8 +142,44 @@ def show(
         for note in grid.notes:
             console.print(escape(note))
         console.print()
+    for line in lacking(results):
+        console.print(escape(line), style="yellow")
     for line in failures(results):
         console.print(escape(line), style="red")
+
+
+def read_json(path: Path, name: str, rows: Sequence[Row]) -> tuple[dict[str, str], list[Result]]:
+    """The machine and the results that `write_json` wrote for `name`; their rows are those of `rows`.
+
+    ValueError when the file is of another benchmark.
+    """
+    document = json.loads(path.read_text())
+    if document["benchmark"] != name:
+        raise ValueError(f"{path} holds {document['benchmark']}, not {name}")
+    known = {row.name: row for row in rows}
+    results = []
+    for entry in document["rows"]:
+        row = known.get(entry["row"]["name"], Row(**entry["row"]))
+        if json.loads(json.dumps(row.arguments)) != entry["row"]["arguments"]:
+            raise ValueError(f"{path}: {row.name} was measured with other arguments than it has now")
+        results.append(Result(row=row, outcomes=[Outcome(**outcome) for outcome in entry["outcomes"]]))
+    return document["machine"], results
+
+
+def merge(pieces: Sequence[Sequence[Result]]) -> list[Result]:
+    """All rounds of all pieces, row by row."""
+    rows: dict[str, Row] = {}
+    outcomes: dict[str, list[Outcome]] = {}
+    for result in (result for piece in pieces for result in piece):
+        rows.setdefault(result.row.name, result.row)
+        outcomes.setdefault(result.row.name, []).extend(result.outcomes)
+    return [Result(row=rows[name], outcomes=tuple(outcomes[name])) for name in rows]
+
+
+def in_order(results: Sequence[Result], rows: Sequence[Row]) -> list[Result]:
+    """In the order in which a benchmark lists its rows, whatever order they were measured in."""
+    place = {row.name: number for number, row in enumerate(rows)}
+    return sorted(results, key=lambda result: place.get(result.row.name, len(place)))
 
 
 def _raw(result: Result) -> dict[str, object]:
@@ -125,6 +198,7 @@ def write_json(
         "machine": machine,
         "tables": [asdict(grid) for grid in benchmark.show(results)],
         "failures": failures(results),
+        "lacking": lacking(results),
         "rows": [_raw(result) for result in results],
     }
     draft = path.with_name(f"{path.name}.draft")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from bench import channel, memory, ring
+from bench import channel, memory, payload, report, ring, table, ways
 from bench.__main__ import BENCHMARKS
 from bench.harness import Outcome, Result, Row, run
 from bench.part import Json, WrongAnswerError
@@ -21,6 +24,14 @@ SMALL: Mapping[str, Mapping[str, Json]] = {
     "memory": {"prompts": 2, "images": 2, "nbytes": MIB},
     "idle": {"seconds": 0.2},
     "tensor-parallel": {"nbytes": MIB, "messages": 2, "device": "cpu"},
+    "table": {"layout": "8x4", "image": 64 * KIB},
+    "latency": {"plan": [[4 * KIB, 3], [MIB, 2]]},
+    "scale": {"messages": 3},
+}
+# What the other ways have in common with one of these need not be tried each time.
+TRIED: Mapping[str, set[str]] = {
+    "table": {"shm", "loan", "zmq ipc", "segment", "torch fd"},
+    "latency": {"floor", "shm", "zmq tcp"},
 }
 
 
@@ -29,6 +40,12 @@ def small(name: str) -> list[Row]:
     rows: dict[object, Row] = {}
     for row in BENCHMARKS[name].rows(True):
         rows.setdefault(row.arguments.get("column", row.parts.get("near")), row)
+    """The first row of a benchmark for each of its columns that are tried, made small."""
+    rows: dict[object, Row] = {}
+    for row in BENCHMARKS[name].rows(True):
+        column = row.arguments.get("column")
+        if str(column) in TRIED.get(name, {str(column)}):
+            rows.setdefault(column, row)
     return [dataclasses.replace(row, arguments={**row.arguments, **SMALL[name]}) for row in rows.values()]
 
 
@@ -121,3 +138,100 @@ def test_ring_check_notices_space_that_is_not_given_back() -> None:
         held.close()
     del kept
     held.close()
+
+
+def test_image_of_the_table_that_changed_is_noticed() -> None:
+    words = np.arange(1024, dtype=np.int64)
+    body = {"prompt": 0, "folds": [payload.fold(words)], "tensors": [torch.from_numpy(words)]}
+    table._check(body, 0, 1, words.nbytes, 0.0)
+    words[700] ^= 1
+    with pytest.raises(WrongAnswerError, match="message 0: fold"):
+        table._check(body, 0, 1, words.nbytes, 0.0)
+    with pytest.raises(WrongAnswerError, match="has 1 images, not 2"):
+        table._check(body, 0, 2, words.nbytes, 0.0)
+
+
+def test_crash_of_a_far_end_that_near_started_is_a_failed_row() -> None:
+    row = Row(
+        name="crash",
+        parts=ways.parts("torch fd"),
+        arguments=ways.arguments("torch fd", "tests.bench.ends", nbytes=8, count=1),
+    )
+    (result,) = run([row], rounds=1)
+    assert result.failure is not None
+    assert "far: ended with status -9" in result.failure
+
+
+def test_aims_of_the_table_are_judged_by_what_was_measured() -> None:
+    rows = [
+        row for row in table.BENCHMARK.rows(False) if row.name in ("1x32 shm, drain", "1x32 vllm rpc, drain")
+    ]
+
+    def judged(ours: float) -> str:
+        taken = {"1x32 shm, drain": ours, "1x32 vllm rpc, drain": 1.0}
+        results = [Result(row=row, outcomes=[_good(_table_values(taken[row.name]))]) for row in rows]
+        return table.BENCHMARK.show(results)[-1].notes[0]
+
+    assert "0.40: met" in judged(0.4)
+    assert "0.60: MISSED" in judged(0.6)
+
+
+def _table_values(seconds: float) -> Mapping[str, Json]:
+    samples = [[0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 600e6]]
+    return {
+        "idle_from": 0.0,
+        "idle_to": 0.5,
+        "memory": {"samples": samples},
+        "together seconds": seconds,
+        "together cpu": 1.0,
+        "together faults": 1000,
+    }
+
+
+def test_peer_that_is_not_there_is_a_line_and_no_failure() -> None:
+    row = dataclasses.replace(table.BENCHMARK.rows(True)[0], lacking="vllm is not installed")
+    (result,) = run([row], rounds=2)
+    assert report.failures([result]) == []
+    assert report.lacking([result]) == [f"{report.LACKING}: pickle: vllm is not installed"]
+    assert table.BENCHMARK.show([result])[0].rows == [["pickle", report.LACKING]]
+
+
+def test_slices_of_a_run_are_put_together(tmp_path: Path) -> None:
+    rows = channel.BENCHMARK.rows(True)[:2]
+    pieces = []
+    for number, row in enumerate([rows[0], rows[1], rows[0]]):
+        values = {kind: [1.0 + number] for kind in ("floor", "column", "empty", "note")}
+        file = tmp_path / f"{number}.json"
+        report.write_json(
+            file,
+            "channel",
+            {},
+            _without_tables(channel.BENCHMARK),
+            [Result(row=row, outcomes=[_good(values)])],
+        )
+        pieces.append(report.read_json(file, "channel", rows)[1])
+    merged = report.in_order(report.merge(pieces), rows)
+    assert [result.row for result in merged] == rows
+    assert [len(result.outcomes) for result in merged] == [2, 1]
+    with pytest.raises(ValueError, match="holds channel, not table"):
+        report.read_json(file, "table", rows)
+    other = [dataclasses.replace(row, arguments={**row.arguments, "messages": 1}) for row in rows]
+    with pytest.raises(ValueError, match="other arguments"):
+        report.read_json(file, "channel", other)
+
+
+def _without_tables(benchmark: report.Benchmark) -> report.Benchmark:
+    return dataclasses.replace(benchmark, show=lambda results: [])
+
+
+@pytest.mark.parametrize("name", ["table", "latency", "scale"])
+def test_pictures_are_drawn_small(name: str, tmp_path: Path) -> None:
+    values: dict[str, Json] = {**_table_values(1.0), "us": [3.0, 4.0]}
+    values |= {"4 KiB": [30.0], "1 MiB": [200.0], "16 MiB": [2000.0]}
+    benchmark = BENCHMARKS[name]
+    assert benchmark.draw is not None
+    drawn = benchmark.draw(
+        [Result(row=r, outcomes=[_good(values)]) for r in benchmark.rows(True)], tmp_path, "here"
+    )
+    assert {file.suffix for file in drawn} == {".svg", ".png"}
+    assert all(1000 < file.stat().st_size < 200_000 for file in drawn)

@@ -42,3 +42,22 @@ def test_stamp_of_another_message_is_noticed(place: int) -> None:
     words[place] = 6
     with pytest.raises(WrongAnswerError, match="message 7 carries the stamps"):
         payload.check_stamp(words, 7)
+
+
+@pytest.mark.parametrize("place", [0, 1, 100, 4094, 4095])
+def test_one_changed_bit_is_a_wrong_fold(place: int) -> None:
+    words = made(3)
+    expected = payload.fold(words)
+    payload.check_fold(words, 1, expected)
+    words[place] ^= 1
+    with pytest.raises(WrongAnswerError, match="message 1: fold"):
+        payload.check_fold(words, 1, expected)
+
+
+def test_pages_that_changed_places_are_a_wrong_fold() -> None:
+    words = made(3)
+    expected = payload.fold(words)
+    pages = words.reshape(-1, 512)
+    pages[[0, 1]] = pages[[1, 0]]
+    with pytest.raises(WrongAnswerError, match="fold"):
+        payload.check_fold(words, 1, expected)

@@ -1,0 +1,303 @@
+"""The table of vLLM's pull request 16432: prompts of images from one process to another, by every way."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import mmap
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from bench import links, payload, sampler, usage, ways
+from bench.floor import TIMEOUT
+from bench.harness import Result, Row, number
+from bench.memory import above_idle
+from bench.part import Json, Report, WrongAnswerError
+from bench.report import Benchmark, Grid, met, table
+
+MB = 10**6
+IMAGE, QUICK_IMAGE = 16 * MB, 4 * MB
+COLUMNS = (
+    "pickle",
+    "inline",
+    "frames",
+    "zmq ipc",
+    "shm",
+    "loan",
+    "vllm rpc",
+    "vllm torch_shm",
+    "vllm shm store",
+    "torch fd",
+    "torch fs",
+    "segment",
+    "iceoryx2",
+    "ray",
+)
+LAYOUTS: Mapping[str, tuple[int, ...]] = {
+    "8x4": (4,) * 8,
+    "4x8": (8,) * 4,
+    "2x16": (16,) * 2,
+    "1x32": (32,),
+    "1x64": (64,),
+    "mix": (4,) * 8 + (8,) * 4 + (16,) * 2 + (32,),
+}
+# Consumer → seconds that it takes for an image.
+CONSUMERS: Mapping[str, float] = {"drain": 0.0, "20 ms": 0.02}
+# The ring grows in steps of 64 MiB and is one step ahead.
+RING_STEP = 2 * 64 << 20
+HOLD = 20
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+_WARM = 64 << 10
+
+METHOD = f"""\
+Near makes the images of a prompt (int64 vectors of {IMAGE // MB} MB, each in a mapping of its own; with
+"loan" in the ring), sends the prompt as one message, drops its own, and goes on to the next; far
+checks the sum of all words of every image where it arrived (and the first word of each page by
+its place), takes 0 or 20 ms for each image, drops the prompt and answers. First every prompt
+goes alone: the next is made when far has answered. Then, timed, all are sent one after the other
+without waiting; "seconds" run from then to the last answer, less the time that near spends making
+images. 8x4 are 8 prompts of 4 images, and so on; "mix" are the prompts of 8x4, 4x8, 2x16 and 1x32,
+128 images. Memory is sampled every {sampler.INTERVAL * 1000:g} ms by a process outside: Pss_Anon +
+Pss_File of the process tree from smaps_rollup, and what is allocated to the files in /dev/shm that they map (or, where
+they map none by name, Pss_Shmem); "peak" is the highest sum of all samples, less its mean while
+both ends were idle after a small first message. Kernel socket buffers are not seen. CPU and page
+faults are those of the process tree in the timed part, from /proc/PID/stat. Each row is fresh
+processes each round. Figures: medians of the rounds."""
+
+
+def near(folder: Path, link: links.Link, *, layout: str, consumer: str, image: int, lent: bool) -> Report:
+    """The sending end: every prompt alone, then all of them, timed."""
+    prompts = LAYOUTS[layout]
+    _send(link, -1, 1, _WARM, lent=False)
+    pids = [os.getpid(), int(link.receive()["pid"])]
+    before = time.monotonic()
+    sampler.wait_for_samples(folder, HOLD, timeout=TIMEOUT)
+    after = time.monotonic()
+    values: dict[str, Json] = {"idle_from": before, "idle_to": after}
+    for name, alone in (("alone", True), ("together", False)):
+        start, used, making = time.perf_counter(), usage.of(pids), 0.0
+        for prompt, images in enumerate(prompts):
+            making += _send(link, prompt, images, image, lent=lent)
+            if alone:
+                _expect(link.receive(), prompt)
+        if not alone:
+            for prompt in range(len(prompts)):
+                _expect(link.receive(), prompt)
+        seconds, used = time.perf_counter() - start, usage.of(pids) - used
+        values |= {f"{name} seconds": seconds - making, f"{name} making": making}
+        values |= {f"{name} cpu": used.cpu, f"{name} faults": used.faults}
+    return Report(values=values, expected=2 * sum(prompts) + 1)
+
+
+def _send(link: links.Link, prompt: int, images: int, nbytes: int, *, lent: bool) -> float:
+    """Make the images of one prompt and send them; the seconds that making them took."""
+    making = 0.0
+    with contextlib.ExitStack() as stack:
+        tensors, folds = [], []
+        for image in range(images):
+            tensor = _blank(link, nbytes, stack, lent=lent)
+            start = time.perf_counter()
+            words = tensor.numpy()
+            payload.fill(words, (prompt + 2) * 100 + image)
+            folds.append(payload.fold(words))
+            making += time.perf_counter() - start
+            tensors.append(tensor)
+            del words, tensor
+        link.send({"prompt": prompt, "folds": folds, "tensors": tensors})
+        tensors.clear()
+    return making
+
+
+def _blank(link: links.Link, nbytes: int, stack: contextlib.ExitStack, *, lent: bool) -> torch.Tensor:
+    if not lent:
+        return torch.frombuffer(mmap.mmap(-1, nbytes, flags=_PRIVATE), dtype=torch.int64)
+    assert isinstance(link, links.EndpointLink)
+    return stack.enter_context(link.loan((nbytes // 8,)))
+
+
+def _expect(answer: links.Body, prompt: int) -> None:
+    if answer["prompt"] != prompt:
+        raise WrongAnswerError(f"prompt {prompt} was answered with {answer['prompt']}")
+
+
+def far(folder: Path, link: links.Link, *, layout: str, consumer: str, image: int, lent: bool) -> Report:
+    """The receiving end: checks every image of every prompt, twice over all, and answers."""
+    prompts, pause = LAYOUTS[layout], CONSUMERS[consumer]
+    verified = _take(link, -1, 1, _WARM, 0.0)
+    for prompt, images in itertools.chain(enumerate(prompts), enumerate(prompts)):
+        verified += _take(link, prompt, images, image, pause)
+    link.check_way()
+    return Report(verified=verified)
+
+
+def _take(link: links.Link, prompt: int, images: int, nbytes: int, pause: float) -> int:
+    """Check one prompt as the model would read it, drop it, answer; how many images were good."""
+    _check(link.receive(), prompt, images, nbytes, pause)
+    link.send({"prompt": prompt, "pid": os.getpid()})
+    return images
+
+
+def _check(body: links.Body, prompt: int, images: int, nbytes: int, pause: float) -> None:
+    _expect(body, prompt)
+    if len(body["tensors"]) != images:
+        raise WrongAnswerError(f"prompt {prompt} has {len(body['tensors'])} images, not {images}")
+    for image, (tensor, fold) in enumerate(zip(body["tensors"], body["folds"], strict=True)):
+        words = tensor.numpy()
+        if words.nbytes != nbytes:
+            raise WrongAnswerError(f"image {image} has {words.nbytes} bytes, not {nbytes}")
+        payload.check_fold(words, image, fold)
+        if pause:
+            time.sleep(pause)
+
+
+def _rows(quick: bool) -> list[Row]:
+    layouts = ("8x4", "1x32") if quick else tuple(LAYOUTS)
+    nbytes = QUICK_IMAGE if quick else IMAGE
+    return [
+        Row(
+            name=f"{layout} {way}, {consumer}",
+            parts=ways.parts(way),
+            arguments=ways.arguments(
+                way,
+                "bench.table",
+                nbytes=nbytes,
+                count=max(LAYOUTS[layout]),
+                layout=layout,
+                consumer=consumer,
+                image=nbytes,
+                lent=way == "loan",
+            ),
+            sample_memory=True,
+            accept=above_idle,
+            lacking=ways.lacking(way),
+        )
+        for consumer in CONSUMERS
+        for layout in layouts
+        for way in COLUMNS
+    ]
+
+
+def _value(name: str) -> Callable[[Mapping[str, Json]], float]:
+    return lambda values: number(values[name])
+
+
+seconds = _value("together seconds")
+
+
+def peak(values: Mapping[str, Json]) -> float:
+    """GB above idle at the worst moment."""
+    return float(above_idle(values).sum(axis=1).max()) * (1 << 20) / 1e9
+
+
+def beyond(result: Result) -> Callable[[Mapping[str, Json]], float]:
+    """GB at the worst moment beyond the images of the largest prompt."""
+    images = number(result.row.arguments["image"]) * max(LAYOUTS[str(result.row.arguments["layout"])])
+    return lambda values: peak(values) - images / 1e9
+
+
+def _show(results: Sequence[Result]) -> list[Grid]:
+    grids = []
+    for consumer in CONSUMERS:
+        chosen = [result for result in results if result.row.arguments["consumer"] == consumer]
+        if not chosen:
+            continue
+        what = "far drains at once" if consumer == "drain" else f"far takes {consumer} for each image"
+        grids += [
+            table(f"{what}: peak memory in GB, and seconds", chosen, ("column", "layout"), _both),
+            table(f"{what}: seconds, lowest..highest round", chosen, ("column", "layout"), _range),
+            table(f"{what}: CPU seconds / 1,000 page faults", chosen, ("column", "layout"), _cost),
+        ]
+    if grids:
+        grids[-1] = dataclasses.replace(grids[-1], notes=_verdicts(results))
+    return grids
+
+
+def _both(result: Result) -> str:
+    return f"{result.spread(peak).median:.2f} GB {result.spread(seconds).median:.2f} s"
+
+
+def _range(result: Result) -> str:
+    spread = result.spread(seconds)
+    return f"{spread.low:.2f}..{spread.high:.2f}"
+
+
+def _cost(result: Result) -> str:
+    cpu, faults = result.spread(_value("together cpu")), result.spread(_value("together faults"))
+    return f"{cpu.median:.2f} / {faults.median / 1000:.0f}"
+
+
+def _verdicts(results: Sequence[Result]) -> list[str]:
+    """The aims of the project, met or missed, as far as their rows were measured."""
+    good = {result.row.name: result for result in results if result.failure is None}
+    notes = []
+    peers = [
+        good[f"1x32 {way}, drain"] for way in ("vllm rpc", "vllm torch_shm") if f"1x32 {way}, drain" in good
+    ]
+    if peers and "1x32 shm, drain" in good:
+        best = min(peer.spread(seconds).median for peer in peers)
+        ratio = good["1x32 shm, drain"].spread(seconds).median / best
+        notes.append(
+            f"aim: 1x32, shm at most half of the time of the better of vLLM's two. {ratio:.2f}:"
+            f" {met(ratio <= 0.5)}."
+        )
+    for way in ("shm", "loan"):
+        for layout in ("1x32", "1x64"):
+            result = good.get(f"{layout} {way}, drain")
+            if result is None:
+                continue
+            above = result.spread(beyond(result)).median
+            # A loan's images are the ring; else the ring holds them once more.
+            allowed = RING_STEP / 1e9
+            if way == "shm":
+                allowed += number(result.row.arguments["image"]) * max(LAYOUTS[layout]) / 1e9
+            notes.append(
+                f"aim: {layout} by {way}, beyond the images at most what the ring holds of them."
+                f" {above:.2f} GB of {allowed:.2f}: {met(above <= allowed)}."
+            )
+    return notes
+
+
+def _draw(results: Sequence[Result], folder: Path, caption: str) -> list[Path]:
+    """One picture of memory and one of time, for each consumer."""
+    from bench import figures
+
+    made = []
+    for consumer in CONSUMERS:
+        chosen = [result for result in results if result.row.arguments["consumer"] == consumer]
+        for name, measure, unit in (("memory", peak, "GB"), ("time", seconds, "s")):
+            if not chosen:
+                continue
+            title = (
+                f"Peak memory of both processes above idle, {unit}"
+                if name == "memory"
+                else f"Time from the first image to the last answer, making images left out, {unit}"
+            )
+            who = (
+                "reader drains at once" if consumer == "drain" else f"reader takes {consumer} for each image"
+            )
+            stem = f"table-{name}-{consumer.replace(' ', '')}"
+            made += figures.bars(
+                folder / stem,
+                f"{title}; {who}",
+                chosen,
+                columns=LAYOUTS,
+                rows=COLUMNS,
+                measure=measure,
+                unit=unit,
+                caption=caption,
+            )
+    return made
+
+
+BENCHMARK = Benchmark(
+    title="memory and time of prompts of images, beside vLLM, torch, SGLang's way, iceoryx2, Ray",
+    method=METHOD,
+    rows=_rows,
+    show=_show,
+    draw=_draw,
+)
