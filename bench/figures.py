@@ -76,7 +76,7 @@ def bars(
     panels[0].invert_yaxis()
     for label, way in zip(panels[0].get_yticklabels(), ways, strict=True):
         label.set_color(_color(way) if way in OURS else "black")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(f"{title} (bar: median; line: lowest to highest round)", fontsize=11)
     return save(figure, stem, caption)
 
 
@@ -147,9 +147,13 @@ def _label_ends(panel: Axes, ends: Sequence[tuple[tuple[int, float], str]]) -> N
     """Names at the right ends of the lines, moved apart where they would cover each other."""
     low, high = (math.log10(limit) for limit in panel.get_ylim())
     gap = (high - low) / 26
-    placed = low - gap
-    for (size, height), way in sorted(ends, key=lambda end: end[0][1]):
-        placed = max(math.log10(height), placed + gap)
+    ends = sorted(ends, key=lambda end: end[0][1])
+    places: list[float] = []
+    for (_, height), _ in ends:
+        places.append(max(math.log10(height), places[-1] + gap if places else low))
+    for number in reversed(range(len(places))):  # down again from the top, where there was no room
+        places[number] = min(places[number], high - gap * (len(places) - 1 - number))
+    for ((size, height), way), placed in zip(ends, places, strict=True):
         panel.annotate(
             NAMES[way],
             xy=(size, height),
@@ -187,7 +191,7 @@ def scale(stem: Path, curves: Mapping[str, Sequence[tuple[float, Spread]]], capt
         panel.plot(xs, [s.median for s in spreads], color=OUR, marker="o", markersize=4)
         panel.axhline(first, color=FLOOR, linestyle="--", linewidth=1)
         panel.set_xscale("log")
-        panel.set_xticks(xs, [f"{x:,.0f}" for x in xs], rotation=30 if max(xs) > 999 else 0)
+        panel.set_xticks(xs, [f"{x:,.0f}" for x in xs], rotation=45 if max(xs) > 999 else 0)
         panel.minorticks_off()
         panel.set_ylim(0, max(s.high for s in spreads) * 1.25)
         panel.annotate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -134,22 +135,34 @@ def p99(name: str) -> Callable[[Mapping[str, Json]], float]:
 
 def sizes(results: Sequence[Result]) -> list[str]:
     """The sizes that were measured."""
-    plans = [result.row.arguments["plan"] for result in results]
-    assert all(isinstance(plan, Sequence) for plan in plans)
-    return [size(nbytes) for nbytes in SIZES if any(nbytes in dict(plan) for plan in plans)]  # type: ignore[arg-type]
+    plans = [plan for result in results if isinstance(plan := result.row.arguments["plan"], Sequence)]
+    measured = {numbers(pair)[0] for plan in plans for pair in plan}
+    return [size(nbytes) for nbytes in SIZES if nbytes in measured]
 
 
 def _show(results: Sequence[Result]) -> list[Grid]:
     names = sizes(results)
-    grids = []
-    for title, measure in (("p50", p50), ("p99", p99)):
-        rows = [
-            [r.row.name, *(cell(r, lambda r, n=n, m=measure: _text(r, m(n))) for n in names)] for r in results
-        ]
-        grids.append(
-            Grid(title=f"latency: round trip, {title}, µs [rounds]", columns=["", *names], rows=rows)
-        )
-    return [*grids[:-1], Grid(**{**vars(grids[-1]), "notes": _verdicts(results)})]
+    columns = ["", *names]
+    return [
+        Grid(
+            title="latency: round trip, p50, µs [rounds]",
+            columns=columns,
+            rows=[_line(result, names, p50) for result in results],
+            notes=_verdicts(results),
+        ),
+        Grid(
+            title="latency: round trip, p99, µs [rounds]",
+            columns=columns,
+            rows=[_line(result, names, p99) for result in results],
+        ),
+    ]
+
+
+def _line(
+    result: Result, names: Sequence[str], measure: Callable[[str], Callable[[Mapping[str, Json]], float]]
+) -> list[str]:
+    texts = (functools.partial(_text, measure=measure(name)) for name in names)
+    return [result.row.name, *(cell(result, text) for text in texts)]
 
 
 def _text(result: Result, measure: Callable[[Mapping[str, Json]], float]) -> str:

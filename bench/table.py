@@ -63,10 +63,10 @@ goes alone: the next is made when far has answered. Then, timed, all are sent on
 without waiting; "seconds" run from then to the last answer, less the time that near spends making
 images. 8x4 are 8 prompts of 4 images, and so on; "mix" are the prompts of 8x4, 4x8, 2x16 and 1x32,
 128 images. Memory is sampled every {sampler.INTERVAL * 1000:g} ms by a process outside: Pss_Anon +
-Pss_File of the process tree from smaps_rollup, and what is allocated to the files in /dev/shm that they map (or, where
-they map none by name, Pss_Shmem); "peak" is the highest sum of all samples, less its mean while
-both ends were idle after a small first message. Kernel socket buffers are not seen. CPU and page
-faults are those of the process tree in the timed part, from /proc/PID/stat. Each row is fresh
+Pss_File of the process tree from smaps_rollup, and what is allocated to the files in /dev/shm that
+they map (or, where they map none by name, Pss_Shmem); "peak" is the highest sum of all samples, less
+its mean while both ends were idle after a small first message. Kernel socket buffers are not seen.
+CPU and page faults are those of the process tree in the timed part, from /proc/PID/stat. Each row is fresh
 processes each round. Figures: medians of the rounds."""
 
 

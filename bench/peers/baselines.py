@@ -23,7 +23,7 @@ class ZeroCopyLink:
     def send(self, body: links.Body) -> None:
         """Hand the tensors' own memory to zmq (it copies what is below 64 KiB); it keeps them until sent."""
         head, tensors = split(body)
-        self._socket.send_multipart([head, *(tensor.numpy() for tensor in tensors)], copy=False)
+        self._socket.send_multipart([head, *(tensor.numpy().data for tensor in tensors)], copy=False)
 
     def receive(self) -> links.Body:
         """Tensors over zmq's own buffers."""

@@ -22,7 +22,7 @@ class QueueLink:
     """Two queues, one for each direction."""
 
     def __init__(self, strategy: str, out: Queue[Body], into: Queue[Body]) -> None:
-        torch.multiprocessing.set_sharing_strategy(strategy)
+        torch.multiprocessing.set_sharing_strategy(strategy)  # type: ignore[no-untyped-call]
         self._out, self._into = out, into
 
     def send(self, body: Body) -> None:

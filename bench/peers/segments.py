@@ -42,6 +42,7 @@ class SegmentLink:
         resource_tracker.unregister(f"/{segment.name.lstrip('/')}", "shared_memory")
         with open(_SHM / segment.name.lstrip("/"), "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+        assert segment.buf is not None
         np.copyto(np.frombuffer(segment.buf, np.int64), tensor.numpy())
         return segment
 

@@ -32,6 +32,7 @@ from bench.peers.bodies import join, split
 GIB, MIB = 1 << 30, 1 << 20
 STORE_BYTES = 4 * GIB  # mm_processor_cache_gb
 STORE_OBJECT_BYTES = 128 * MIB  # mm_shm_cache_max_object_size_mb
+START_TIMEOUT = 3 * TIMEOUT  # vLLM's modules take seconds to import, on a busy machine many
 _SHELLS = ("", ".multimodal", ".v1", ".v1.engine", ".distributed", ".distributed.device_communicators")
 _UNUSED = (".usage", ".v1.core", ".v1.core.sched")
 _IDENTITY = b"\x00\x00"  # engine 0, as vLLM names it
@@ -58,7 +59,8 @@ def load(name: str) -> types.ModuleType:
     if "vllm" not in sys.modules:
         spec = importlib.util.find_spec("vllm")
         assert spec is not None
-        (root,) = spec.submodule_search_locations or ()
+        assert spec.submodule_search_locations is not None
+        (root,) = spec.submodule_search_locations
         for package in (*_SHELLS, *_UNUSED):
             module = types.ModuleType(f"vllm{package}")
             module.__path__ = [root + package.replace(".", "/")]
@@ -95,8 +97,8 @@ class Near:
         # Keeps tensors until zmq has sent them, as MPClient.pending_messages does.
         self._pending: deque[tuple[Any, object]] = deque()
         # ROUTER drops what is for an identity that it has not heard from.
-        if not self._socket.poll(int(TIMEOUT * 1000)):
-            raise TimeoutError(f"no engine in {TIMEOUT:g} s")
+        if not self._socket.poll(int(START_TIMEOUT * 1000)):
+            raise TimeoutError(f"no engine in {START_TIMEOUT:g} s")
         self._socket.recv_multipart()
 
     def send(self, body: Body) -> None:
@@ -111,7 +113,7 @@ class Near:
             self._socket.send_multipart(message, copy=False)
             return
         tracker = self._socket.send_multipart(message, copy=False, track=True)
-        if not tracker.done:
+        if tracker is not None and not tracker.done:
             self._pending.appendleft((tracker, request))
 
     def receive(self) -> Body:
@@ -147,8 +149,8 @@ class Far:
 
     def receive(self) -> Body:
         """As process_input_sockets."""
-        if not self._socket.poll(int(TIMEOUT * 1000)):
-            raise TimeoutError(f"no request in {TIMEOUT:g} s")
+        if not self._socket.poll(int(START_TIMEOUT * 1000)):
+            raise TimeoutError(f"no request in {START_TIMEOUT:g} s")
         _type, *frames = self._socket.recv_multipart(copy=False)
         return self._body(self._decoder.decode(frames))
 
