@@ -184,7 +184,7 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
 
 
 def _draw(results: Sequence[Result], folder: Path, caption: str) -> list[Path]:
-    from bench import figures
+    from bench import figures  # matplotlib is an extra
 
     lines = {
         r.row.name: [

@@ -210,7 +210,7 @@ def _grid(axis: str, chosen: Sequence[Result]) -> Grid:
 
 
 def _draw(results: Sequence[Result], folder: Path, caption: str) -> list[Path]:
-    from bench import figures
+    from bench import figures  # matplotlib is an extra
 
     curves = {
         axis: [

@@ -202,11 +202,10 @@ def beyond(result: Result) -> Callable[[Mapping[str, Json]], float]:
 
 def _show(results: Sequence[Result]) -> list[Grid]:
     grids = []
-    for consumer in CONSUMERS:
+    for consumer, what in _READERS.items():
         chosen = [result for result in results if result.row.arguments["consumer"] == consumer]
         if not chosen:
             continue
-        what = "far drains at once" if consumer == "drain" else f"far takes {consumer} for each image"
         grids += [
             table(f"{what}: peak memory in GB, and seconds", chosen, ("column", "layout"), _both),
             table(f"{what}: seconds, lowest..highest round", chosen, ("column", "layout"), _range),
@@ -235,12 +234,10 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
     """The aims of the project, met or missed, as far as their rows were measured."""
     good = {result.row.name: result for result in results if result.failure is None}
     notes = []
-    peers = [
-        good[f"1x32 {way}, drain"] for way in ("vllm rpc", "vllm torch_shm") if f"1x32 {way}, drain" in good
-    ]
-    if peers and "1x32 shm, drain" in good:
-        best = min(peer.spread(seconds).median for peer in peers)
-        ratio = good["1x32 shm, drain"].spread(seconds).median / best
+    peers = [good[name] for way in ("rpc", "torch_shm") if (name := f"1x32 vllm {way}, drain") in good]
+    ours = good.get("1x32 shm, drain")
+    if peers and ours is not None:
+        ratio = ours.spread(seconds).median / min(peer.spread(seconds).median for peer in peers)
         notes.append(
             f"aim: 1x32, shm at most half of the time of the better of vLLM's two. {ratio:.2f}:"
             f" {met(ratio <= 0.5)}."
@@ -264,26 +261,15 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
 
 def _draw(results: Sequence[Result], folder: Path, caption: str) -> list[Path]:
     """One picture of memory and one of time, for each consumer."""
-    from bench import figures
+    from bench import figures  # matplotlib is an extra
 
     made = []
-    for consumer in CONSUMERS:
+    for consumer, what in _READERS.items():
         chosen = [result for result in results if result.row.arguments["consumer"] == consumer]
-        for name, measure, unit in (("memory", peak, "GB"), ("time", seconds, "s")):
-            if not chosen:
-                continue
-            title = (
-                f"Peak memory of both processes above idle, {unit}"
-                if name == "memory"
-                else f"Time from the first image to the last answer, making images left out, {unit}"
-            )
-            who = (
-                "reader drains at once" if consumer == "drain" else f"reader takes {consumer} for each image"
-            )
-            stem = f"table-{name}-{consumer.replace(' ', '')}"
+        for name, (title, measure, unit) in _PICTURES.items() if chosen else ():
             made += figures.bars(
-                folder / stem,
-                f"{title}; {who}",
+                folder / f"table-{name}-{consumer.replace(' ', '')}",
+                f"{title}; {what}",
                 chosen,
                 columns=LAYOUTS,
                 rows=COLUMNS,
@@ -293,6 +279,12 @@ def _draw(results: Sequence[Result], folder: Path, caption: str) -> list[Path]:
             )
     return made
 
+
+_READERS = {"drain": "the reader drains at once", "20 ms": "the reader takes 20 ms for each image"}
+_PICTURES = {
+    "memory": ("Peak memory above idle", peak, "GB"),
+    "time": ("Time from the first image to the last answer, without making the images", seconds, "s"),
+}
 
 BENCHMARK = Benchmark(
     title="memory and time of prompts of images, beside vLLM, torch, SGLang's way, iceoryx2, Ray",

@@ -200,6 +200,8 @@ class StoreFar(Far):
         super().__init__(folder, None)
         storage = load("vllm.distributed.device_communicators.shm_object_storage")
         self._store = storage.SingleWriterShmObjectStorage.create_from_handle(_handle(storage, handle))
+        # Where there is no platform of vLLM's, it believes that memory can be pinned.
+        self._store.ser_de.tensor_decoder.pin_tensors = torch.cuda.is_available()
 
     def message_type(self) -> type[msgspec.Struct]:
         """Places instead of images."""
