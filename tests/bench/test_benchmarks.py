@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import channel, memory, payload, report, ring, table, ways
+from bench import channel, machine, memory, payload, report, ring, table, ways
 from bench.__main__ import BENCHMARKS
 from bench.harness import Outcome, Result, Row, run
 from bench.part import Json, WrongAnswerError
@@ -30,7 +32,7 @@ SMALL: Mapping[str, Mapping[str, Json]] = {
 }
 # What the other ways have in common with one of these need not be tried each time.
 TRIED: Mapping[str, set[str]] = {
-    "table": {"shm", "loan", "zmq ipc", "segment", "torch fd"},
+    "table": {"loan", "segment", "torch fd"},
     "latency": {"floor", "shm", "zmq tcp"},
 }
 
@@ -225,13 +227,25 @@ def _without_tables(benchmark: report.Benchmark) -> report.Benchmark:
 
 
 @pytest.mark.parametrize("name", ["table", "latency", "scale"])
-def test_pictures_are_drawn_small(name: str, tmp_path: Path) -> None:
+def test_slices_are_shown_and_drawn_without_measuring_again(name: str, tmp_path: Path) -> None:
     values: dict[str, Json] = {**_table_values(1.0), "us": [3.0, 4.0]}
     values |= {"4 KiB": [30.0], "1 MiB": [200.0], "16 MiB": [2000.0]}
-    benchmark = BENCHMARKS[name]
-    assert benchmark.draw is not None
-    drawn = benchmark.draw(
-        [Result(row=r, outcomes=[_good(values)]) for r in benchmark.rows(True)], tmp_path, "here"
+    results = [Result(row=row, outcomes=[_good(values)]) for row in BENCHMARKS[name].rows(True)]
+    slices = tmp_path / "slices.json"
+    report.write_json(slices, name, machine.describe(), BENCHMARKS[name], results)
+    # In a process of its own: matplotlib keeps its fonts' files open.
+    command = [sys.executable, "-m", "bench", name, "--quick", "--rounds", "0", "--add", str(slices)]
+    shown = subprocess.run(
+        [*command, "--figures", tmp_path / "drawn"], capture_output=True, text=True, check=True
     )
+    assert FAILED not in shown.stdout
+    drawn = list((tmp_path / "drawn").iterdir())
     assert {file.suffix for file in drawn} == {".svg", ".png"}
     assert all(1000 < file.stat().st_size < 200_000 for file in drawn)
+
+
+def test_row_that_is_not_there_is_refused_with_those_that_are() -> None:
+    command = [sys.executable, "-m", "bench", "scale", "--rows", "leases,nonsense"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "nonsense: there is only leases, peers, readers, ring MiB, tensors" in refused.stderr
