@@ -38,15 +38,11 @@ TRIED: Mapping[str, set[str]] = {
 
 
 def small(name: str) -> list[Row]:
-    """The first row of a benchmark for each of its columns or, without such, its parts; made small."""
+    """The first row of a benchmark for each of its columns that are tried or, without such, its parts; small."""
     rows: dict[object, Row] = {}
     for row in BENCHMARKS[name].rows(True):
-        rows.setdefault(row.arguments.get("column", row.parts.get("near")), row)
-    """The first row of a benchmark for each of its columns that are tried, made small."""
-    rows: dict[object, Row] = {}
-    for row in BENCHMARKS[name].rows(True):
-        column = row.arguments.get("column")
-        if str(column) in TRIED.get(name, {str(column)}):
+        column = str(row.arguments.get("column", row.parts.get("near")))
+        if column in TRIED.get(name, {column}):
             rows.setdefault(column, row)
     return [dataclasses.replace(row, arguments={**row.arguments, **SMALL[name]}) for row in rows.values()]
 
