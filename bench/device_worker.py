@@ -121,7 +121,7 @@ def pickle_near(folder: Path, *, prompts: int) -> Report:
     return Report(values={**marks, "seconds": seconds}, expected=IMAGES, verified=len(found))
 
 
-def pickle_far(folder: Path, *, prompts: int) -> Report:  # noqa: ARG001  # both ends have the same arguments
+def pickle_far(folder: Path, *, prompts: int) -> Report:  # both ends have the same arguments
     """The worker of `pickle_near`: the same model, one message after the other."""
     model = _model("cuda")
     with pair(f"ipc://{folder}/pickle", bind=False) as socket:

@@ -137,7 +137,7 @@ class _Near:
         return int(self.endpoint.statistics()["backend"]["nbytes"])
 
 
-def near(folder: Path, *, way: str, nbytes: int, messages: int, device: str) -> Report:  # noqa: ARG001
+def near(folder: Path, *, way: str, nbytes: int, messages: int, device: str) -> Report:
     """Sends every message to all workers; milliseconds, and copies made for one payload."""
     source: payload.Words = np.empty(nbytes // 8, np.int64)
     payload.fill(source, nbytes)
@@ -192,7 +192,7 @@ def _own(folder: Path, place: int) -> Path:
 # ---------------------------------------------------------------------- feeding
 
 
-def feed_near(folder: Path, *, nbytes: int, messages: int, device: str) -> Report:  # noqa: ARG001
+def feed_near(folder: Path, *, nbytes: int, messages: int, device: str) -> Report:
     """Sends one tensor, then says when each phase begins."""
     source: payload.Words = np.empty(nbytes // 8, np.int64)
     payload.fill(source, nbytes)

@@ -38,7 +38,7 @@ TRIED: Mapping[str, set[str]] = {
 
 
 def small(name: str) -> list[Row]:
-    """The first row of a benchmark for each of its columns that are tried or, without such, its parts; small."""
+    """The first row of each column that is tried or, where there are none, of each part; made small."""
     rows: dict[object, Row] = {}
     for row in BENCHMARKS[name].rows(True):
         column = str(row.arguments.get("column", row.parts.get("near")))
