@@ -31,6 +31,11 @@ def one_line(finished: subprocess.CompletedProcess[str], code: int) -> str:
     return finished.stderr
 
 
+def complaints(finished: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a command said, but for how long it waited for ranks, which depends on what else runs here."""
+    return [line for line in finished.stderr.splitlines() if ": warning: waiting for " not in line]
+
+
 class TestRun:
     def test_shows_what_happened_and_writes_it_down(self, tmp_path: Path) -> None:
         paths = save(tmp_path, 5)
@@ -38,7 +43,7 @@ class TestRun:
         document, arrays = tmp_path / "out.json", tmp_path / "out.npz"
         options = [*QUICK, "-dp", "2", "--images-per-prompt", "2", "--prompts", "3"]
         done = tensorferry("run", tmp_path, *options, "--json", document, "--output", arrays)
-        assert (done.returncode, done.stderr) == (0, "")
+        assert (done.returncode, complaints(done)) == (0, [])
         words = " ".join(done.stdout.split())
         nbytes = 6 * 4 * 6 * 1176 * 4
         for expectation in (
@@ -75,7 +80,7 @@ class TestRun:
         done = tensorferry("run", good, bad, text, good, *QUICK, "--output", output)
         assert done.returncode == 1
         assert done.stdout.count("failed") == 3  # one for each of the two, and their number
-        lines = done.stderr.splitlines()
+        lines = complaints(done)
         assert len(lines) == 2
         assert lines[0].startswith(f"tensorferry: {bad}: not a readable image: ")
         assert lines[1].startswith(f"tensorferry: {text}: not a readable image: ")
@@ -97,8 +102,11 @@ class TestRun:
         command = ["run", str(path), "--model", "tests.engine.models:Picky", "--prompts", "100000"]
         with python("-m", "engine", *command, "--json", str(document)) as running:
             assert running.stderr is not None
-            for _ in range(5):
-                assert running.stderr.readline() == "[rank0] 4 photographs\n"
+            answered = 0
+            while answered < 5:
+                line = running.stderr.readline()
+                assert line, "it ended before it was interrupted"
+                answered += line == "[rank0] 4 photographs\n"
             running.send_signal(signal.SIGINT)
             shown, said = running.communicate()
         assert running.returncode == 130
