@@ -151,7 +151,7 @@ def test_a_rank_that_serves_something_else_is_refused() -> None:
 
 def test_off_loopback_nobody_listens_without_keys_unless_told() -> None:
     config = EngineConfig(data_parallel_size_local=0, data_parallel_address="192.0.2.77")
-    with pytest.raises(StartError, match=r"tcp://192.0.2.77:29550 is not a loopback .* --insecure"):
+    with pytest.raises(StartError, match=r"192\.0\.2\.77:29550 .*--insecure"):
         Engine(config)
 
 
