@@ -19,7 +19,7 @@ def _option(default: Any, text: str, **limits: Any) -> Any:
 class TransportConfig:
     """How one endpoint sends. Sizes are bytes, times seconds. `ValueError` names a field that is wrong."""
 
-    backend: str = _option("auto", "how tensors travel: auto, shm, frames, inline, or a backend of your own")
+    backend: str = _option("auto", "how tensors travel: auto, shm, tcp, frames, inline, or your own")
     ring_bytes: int = _option(
         1 << 30, "size of the shared-memory ring; pages are taken as it fills", least=1 << 16
     )
@@ -37,6 +37,11 @@ class TransportConfig:
     max_tensors: int = _option(16384, "tensors in one message, and records in the ring", least=1)
     max_readers: int = _option(64, "processes that may map the ring at a time", least=1, most=64)
     detour_bytes: int = _option(64 << 20, "unacknowledged bytes for one peer outside the ring", least=1 << 16)
+    tcp_window: int = _option(
+        256 << 20, "tcp: bytes that one peer may send before they are taken here", least=1 << 16
+    )
+    tcp_port: int = _option(0, "tcp: port for the bytes beside the messages; 0: any", least=0, most=65535)
+    tcp_timeout: float = _option(20.0, "tcp: a host that acknowledges nothing for so long is gone", above=0.0)
     detour_after: float = _option(0.2, "auto: wait for a full ring this long, then take a detour", least=0.0)
     timeout: float = _option(30.0, "how long send and receive wait when not told", above=0.0)
     handshake_timeout: float = _option(10.0, "how long connect waits for the other side", above=0.0)

@@ -726,11 +726,19 @@ class Both:
         self.peer = Peer(1, "reader", os.getpid())
         self.offered = b""
         if self.outbound.wants_offer(self.peer, [1 << 20]):
-            inbound = self.inbounds[self.outbound.reads or self.outbound.name]
+            inbound = self.inbounds[self.outbound.reads(self.peer)]
             self.offered = self.outbound.offer(self.peer)
             reason = self.outbound.admit(self.peer, inbound.accept(self.peer, self.offered, "reader"))
             assert not reason
             inbound.settle(self.peer, reason)
+            deadline = time.monotonic() + WAIT
+            while not self.outbound.serves(self.peer):  # a connection may still be made
+                assert time.monotonic() < deadline, self.outbound.explain(self.peer)
+                time.sleep(0.001)
+            deadline = time.monotonic() + WAIT
+            while not self.outbound.serves(self.peer):  # a connection may still be made
+                assert time.monotonic() < deadline, self.outbound.explain(self.peer)
+                time.sleep(0.001)
 
     def put(
         self, tensors: Sequence[Any], *, timeout: float, poll: Callable[[], object] = lambda: None

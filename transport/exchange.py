@@ -12,11 +12,12 @@ import threading
 import time
 import weakref
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 
 from transport import message as wire_types
 from transport import registry
-from transport.backends.base import Outbound, Proof, Refusal
+from transport.backends.base import Inbound, Outbound, Proof, Refusal
 from transport.config import TransportConfig
 from transport.errors import Closed, ProtocolError
 from transport.link import Link
@@ -56,6 +57,8 @@ class Exchange:
         self.name = name
         self.config = config
         self.wire = Wire(config)
+        for inbound in inbounds.values():
+            inbound.begin(outbound, self.wire.wake)
         self.roster = Roster(self.wire, config, name, list(inbounds))
         self.receiver = Receiver(config, inbounds, self._finish)
         self.sender = Sender(config, self.roster, outbound, self.poll, self.wait)
@@ -69,7 +72,7 @@ class Exchange:
         self._looked = 0.0
         self._announced: set[int] = set()
         self._pumping = threading.Lock()
-        self._abandoned = weakref.finalize(self, _abandon, self._pid, self.wire, outbound)
+        self._abandoned = weakref.finalize(self, _abandon, self._pid, self.wire, outbound, inbounds)
 
     def check(self) -> None:
         """`Closed` unless this endpoint is open and this process made it."""
@@ -85,6 +88,7 @@ class Exchange:
         self.closed = True
         self._abandoned.detach()
         self.wire.wake()
+        self.sender.outbound.flush(self.config.linger)
         # With a limit, since an interrupt (Ctrl-C) may have taken the lock and never given it back.
         held = self._pumping.acquire(timeout=_PUMP_MAY_TAKE)
         try:
@@ -165,7 +169,7 @@ class Exchange:
 
     def wake_if_left(self) -> None:
         """Let others know that there are messages to take."""
-        if self.receiver.queue:
+        if self.receiver.has_next():
             self.wire.wake()
 
     def _handle(self, arrived: Arrived) -> None:
@@ -308,10 +312,21 @@ class Exchange:
         """Peers whose kernel lock is free are dead, though a child of theirs may keep the connection."""
         self._looked = now = time.monotonic()
         for link in self.roster.links():
-            if self._lock_held(link) is not False:
+            fault = self._fault(link)
+            if fault:
+                link.tell(Goodbye(link.peer.link, fault[:500]))
+                self._finish(link, f"is not reached: {fault}")
+            elif self._lock_held(link) is not False:
                 self._dead_since.pop(link.peer.link, None)
             elif now - self._dead_since.setdefault(link.peer.link, now) > _CONNECTION_OUTLIVES_LOCK:
                 self._finish(link, "died: its lock is free")
+
+    def _fault(self, link: Link) -> str:
+        """Why a backend cannot bring its tensors there, or has lost some of its."""
+        inbounds = self.receiver.inbounds.values()
+        return self.sender.outbound.fault(link.peer) or next(
+            (fault for inbound in inbounds if (fault := inbound.fault(link.peer))), ""
+        )
 
     def _is_time_to_look(self) -> bool:
         return time.monotonic() - self._looked >= LOOK_AT_LOCKS_EVERY
@@ -359,10 +374,12 @@ class _ClosedFirst:
             self._exchange.check()
 
 
-def _abandon(pid: int, wire: Wire, outbound: Outbound) -> None:
+def _abandon(pid: int, wire: Wire, outbound: Outbound, inbounds: Mapping[str, Inbound]) -> None:
     """An endpoint was dropped, or the interpreter exits, without `close`: leave no name and no socket."""
     if os.getpid() == pid:
         outbound.close()
+        for inbound in inbounds.values():
+            inbound.close()
         wire.close()
 
 

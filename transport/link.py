@@ -48,7 +48,7 @@ class Link:
         self.ended = ""  # why, once it has
         self.stores: frozenset[int] = frozenset()  # what the peer can open handles of
         self.arrived = 0  # the number of the last message that came
-        self.taken = 0  # the number of the last message that was taken
+        self.taken = 0  # every message up to this number was taken
         self._wire = wire
         self._window = window
         self._patience = patience
@@ -58,6 +58,7 @@ class Link:
         self._pinged = 0  # the number of the last ping
         self._unacknowledged: deque[tuple[int, float, int, Release]] = deque()
         self._acknowledged = 0  # what the peer was told of `taken`
+        self._overtakers: set[int] = set()  # messages that were taken before others that came before them
 
     def send(
         self,
@@ -130,7 +131,10 @@ class Link:
 
     def take(self, number: int, nbytes: int) -> None:
         """A message was taken. Many or large ones are acknowledged at once, others with what is sent next."""
-        self.taken = number
+        self._overtakers.add(number)
+        while self.taken + 1 in self._overtakers:
+            self.taken += 1
+            self._overtakers.discard(self.taken)
         self._owed += nbytes
         if self._owed > self._patience or number - self._acknowledged > _FEW:
             self.acknowledge()
@@ -161,7 +165,7 @@ class Link:
     @property
     def waiting(self) -> int:
         """Messages that came and were not taken: the two numbers have different writers, one thread each."""
-        return self.arrived - self.taken
+        return self.arrived - self.taken - len(self._overtakers)
 
     @property
     def unacknowledged(self) -> int:

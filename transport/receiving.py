@@ -17,7 +17,7 @@ from transport.config import TransportConfig
 from transport.cudart import DeviceError
 from transport.errors import PeerGone, ProtocolError, Timeout
 from transport.link import Link
-from transport.message import Abandon, Data, Numbered, Part, Reference
+from transport.message import Abandon, Data, Numbered, Part, Piece, Ping, Reference
 from transport.sending import PARTS
 from transport.specs import shaped_on_device
 from transport.staging import Batch, Stage, finished
@@ -96,6 +96,7 @@ class Receiver:
         self.queue: deque[_Waiting] = deque()
         self._assemblies: dict[int, Assembly | None] = {}
         self._receiving = threading.Lock()
+        self._later = {PARTS, *(name for name, inbound in inbounds.items() if inbound.comes_later)}
         self.counts: Counter[str] = Counter()
 
     # ------------------------------------------------------------------ arrival
@@ -120,23 +121,53 @@ class Receiver:
         `Timeout` for one that can be opened later.
         """
         with self._receiving:
-            while self.queue:
-                link, message, frames = self.queue[0]
-                if isinstance(message, Data):
-                    return self._take_data(link, message, frames, type_, copy=copy, stage=stage)
-                self._take_other(link, message, frames, stage)
+            while (waiting := self._next()) is not None:
+                if isinstance(waiting[1], Data):
+                    return self._take_data(waiting, type_, copy=copy, stage=stage)
+                self._take_other(waiting, stage)
         return None
 
-    def _take_data(
-        self,
-        link: Link,
-        data: Data,
-        frames: Sequence[Bytes],
-        type_: Any,
-        *,
-        copy: bool,
-        stage: Stage | None,
-    ) -> Message:
+    def has_next(self) -> bool:
+        """Whether there is a message that can be taken now."""
+        return self._next() is not None
+
+    def _next(self) -> _Waiting | None:
+        """The first message whose bytes have come.
+
+        Those whose bytes come by themselves are taken in the order of their link; others overtake them.
+        """
+        if not self.queue:
+            return None
+        first = self.queue[0]
+        if not self._comes_later(first[1]) or self._is_ready(first):
+            return first
+        late: set[Link] = set()
+        for waiting in list(self.queue):
+            link, message, _ = waiting
+            if not self._comes_later(message):
+                return waiting
+            if link not in late and self._is_ready(waiting):
+                return waiting
+            late.add(link)
+        return None
+
+    def _comes_later(self, message: Numbered) -> bool:
+        """Whether a message keeps its place among those of its link whose bytes come by themselves."""
+        if isinstance(message, Data):
+            return any(reference.backend in self._later for reference in message.tensors)
+        return not isinstance(message, Ping)
+
+    def _is_ready(self, waiting: _Waiting) -> bool:
+        link, message, _ = waiting
+        return all(
+            self.inbounds[place.backend].is_ready(link.peer, bytes(place.handle))
+            for place in _places(message)
+            if place.backend in self._later and place.backend in self.inbounds
+        )
+
+    def _take_data(self, waiting: _Waiting, type_: Any, *, copy: bool, stage: Stage | None) -> Message:
+        link, data, frames = waiting
+        assert isinstance(data, Data)
         references = data.tensors
         arrays: list[Bytes] = []
         tensors: list[Any] = []
@@ -161,12 +192,12 @@ class Receiver:
             arrays.clear()
             tensors.clear()
             array = None
-            self._taken(link, data.number, 0)
+            self._taken(waiting, 0)
             self._assembled(link, references)
             self.counts["refused"] += 1
             raise type(error)(f"message {data.number} from {link}: {error}") from error
         self._config.emit("receive.opened", peer=link.peer.name, number=data.number)
-        self._taken(link, data.number, sum(sizes))
+        self._taken(waiting, sum(sizes))
         self._config.emit("receive.taken", peer=link.peer.name, number=data.number)
         self._assembled(link, references)
         self.counts["messages"] += 1
@@ -243,9 +274,8 @@ class Receiver:
             raise ProtocolError(f"this endpoint does not read the backend {name!r}")
         return inbound
 
-    def _take_other(
-        self, link: Link, message: Numbered, frames: Sequence[Bytes], stage: Stage | None
-    ) -> None:
+    def _take_other(self, waiting: _Waiting, stage: Stage | None) -> None:
+        link, message, frames = waiting
         try:
             if isinstance(message, Part):
                 self._take_part(link, message, frames, stage)
@@ -256,7 +286,7 @@ class Receiver:
         except (ProtocolError, PeerGone, DeviceError):
             self._assemblies[link.peer.link] = None  # the message itself will say so
             self.counts["refused"] += 1
-        self._taken(link, message.number, 0)
+        self._taken(waiting, 0)
         link.acknowledge()  # the sender waits for it
 
     def _take_part(self, link: Link, part: Part, frames: Sequence[Bytes], stage: Stage | None) -> None:
@@ -277,9 +307,16 @@ class Receiver:
             self.counts[f"bytes {piece.backend}"] += piece.nbytes
         self.counts["parts"] += 1
 
-    def _taken(self, link: Link, number: int, nbytes: int) -> None:
-        self.queue.popleft()
-        link.take(number, nbytes)
+    def _taken(self, waiting: _Waiting, nbytes: int) -> None:
+        link, message, _ = waiting
+        index = 0
+        if self.queue[0] is not waiting:
+            index = next(index for index, other in enumerate(list(self.queue)) if other is waiting)
+        del self.queue[index]
+        for place in _places(message):
+            if place.backend in self._later and place.backend in self.inbounds:
+                self.inbounds[place.backend].taken(link.peer, bytes(place.handle))
+        link.take(message.number, nbytes)
         if link.ended and not link.waiting:
             self.forget(link)
 
@@ -304,3 +341,10 @@ def _index(reference: Reference) -> int:
     """Which tensor of a message in parts it is."""
     index: int = codec.decode(bytes(reference.handle), (), int)
     return index
+
+
+def _places(message: Numbered) -> Sequence[Reference | Piece]:
+    """Where the tensors of a message are, or the pieces of a part."""
+    if isinstance(message, Data):
+        return message.tensors
+    return message.pieces if isinstance(message, Part) else ()

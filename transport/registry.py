@@ -20,8 +20,9 @@ _OWN = {
     "inline": ("transport.backends.inline", "InlineOutbound", "InlineInbound"),
     "frames": ("transport.backends.frames", "FramesOutbound", "FramesInbound"),
     "shm": ("transport.backends.shm", "ShmOutbound", "ShmInbound"),
+    "tcp": ("transport.backends.tcp", "TcpOutbound", "TcpInbound"),
 }
-_ALWAYS_READ = ("inline", "frames", "shm")
+_ALWAYS_READ = ("inline", "frames", "shm", "tcp")
 
 
 class Backend(NamedTuple):

@@ -56,7 +56,8 @@ class Roster:
 
     def welcome(self, route: Route, hello: Hello) -> tuple[Link, Welcome]:
         """Make the link of a hello that was judged good; the welcome is still to be sent."""
-        peer = Peer(secrets.randbits(63), hello.name, hello.pid)
+        address = self._wire.address(route.socket)
+        peer = Peer(secrets.randbits(63), hello.name, hello.pid, address)
         link = self._link(route, peer, hello)
         return link, Welcome(hello.nonce, peer.link, self.name, os.getpid(), *self._terms())
 
@@ -66,7 +67,8 @@ class Roster:
             raise ProtocolError(f"two peers call themselves {welcome.name!r}")
         if any(link.peer.link == welcome.link for link in self.links()):
             raise ProtocolError("the number of the link is not new")
-        peer = Peer(welcome.link, welcome.name, welcome.pid)
+        address = self._wire.address(route.socket)
+        peer = Peer(welcome.link, welcome.name, welcome.pid, address, dialled=True)
         return self._link(route, peer, welcome)
 
     @staticmethod

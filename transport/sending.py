@@ -65,7 +65,9 @@ class Sender:
         self._wait = wait
         self._parting: dict[int, threading.Lock] = {}
         self._offering = False
-        self._offered: dict[int, float] = {}  # by link, when
+        self._offered: dict[
+            int, tuple[str, float]
+        ] = {}  # by link: the last offer, for which inbound and when
         self._pinged = 0.0
         self._warnings = RateLimit()
         self.counts: Counter[str] = Counter()
@@ -111,8 +113,8 @@ class Sender:
 
     def offer_to(self, link: Link) -> None:
         """Let a peer prove that it can read what the backend puts."""
-        backend = self.outbound.reads or self.outbound.name
-        self._offered[link.peer.link] = time.monotonic()
+        backend = self.outbound.reads(link.peer)
+        self._offered[link.peer.link] = backend, time.monotonic()
         try:
             offer = self.outbound.offer(link.peer)
         except TransportError:
@@ -136,19 +138,20 @@ class Sender:
                 self.offer_to(link)
 
     def _wants_first_offer(self, link: Link, sizes: Sequence[int]) -> bool:
-        """One offer for each link: a peer that does not read must not find thousands of them."""
-        return link.peer.link not in self._offered and self.outbound.wants_offer(link.peer, sizes)
+        """One offer for each link and inbound: a peer that does not read must not find thousands of them."""
+        if not self.outbound.wants_offer(link.peer, sizes):
+            return False
+        last, _ = self._offered.get(link.peer.link, ("", 0.0))
+        return last != self.outbound.reads(link.peer)
 
     def _introduce(self, links: Sequence[Link], sources: Sequence[Source], deadline: float) -> None:
         """Offer where a proof is wanted, and wait for the answers for a bounded time."""
         sizes = [source.nbytes for source in sources]
         late = [link for link in links if self.outbound.wants_offer(link.peer, sizes)]
-        for link in late:
-            if link.peer.link not in self._offered:
-                self.offer_to(link)
         while late := [link for link in late if self._may_answer(link, sizes)]:
             # Since the offer, not since this call: who never answers delays one message, not every one.
-            patience = max(self._offered[link.peer.link] for link in late) + self._config.admission_timeout
+            asked = max(self._offered[link.peer.link][1] for link in late)
+            patience = asked + self._config.admission_timeout
             left = min(deadline, patience) - time.monotonic()
             if left <= 0:
                 if patience <= time.monotonic():
@@ -159,6 +162,9 @@ class Sender:
             self._pump()
 
     def _may_answer(self, link: Link, sizes: Sequence[int]) -> bool:
+        """Whether an offer to a link waits for its answer, offered now where it has to be."""
+        if self._wants_first_offer(link, sizes):
+            self.offer_to(link)
         return (
             not link.ended and link.peer.link in self._offered and self.outbound.wants_offer(link.peer, sizes)
         )

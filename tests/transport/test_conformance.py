@@ -30,3 +30,12 @@ class TestAuto(BackendConformance):
 class TestAutoOverTcp(BackendConformance):
     backend = "auto"
     scheme = "tcp"
+
+
+class TestTcp(BackendConformance):
+    backend = "tcp"
+    scheme = "tcp"
+
+
+class TestTcpBesideIpc(BackendConformance):
+    backend = "tcp"

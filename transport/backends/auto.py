@@ -1,8 +1,9 @@
 """`auto`, itself an outbound: for each tensor and peer the way that is best and proved.
 
-Below `inline_below` inline; else shared memory for peers that proved to map the ring; else frames. A
-ring that stays full for `detour_after` seconds is passed by with frames, within the budget, and every
-such detour is counted with its reason.
+Below `inline_below` inline; else the first of the candidates that serves the peer: shared memory where
+it proved to map the ring, bulk connections to where it is reached over TCP; else frames. A ring that
+stays full for `detour_after` seconds is passed by with frames, within the budget, and every such detour
+is counted with its reason.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from transport.backends.cuda import CudaOutbound
 from transport.backends.frames import FramesOutbound
 from transport.backends.inline import InlineOutbound
 from transport.backends.shm import ShmOutbound
+from transport.backends.tcp import TcpOutbound
 from transport.config import TransportConfig
 from transport.errors import Full, TooLarge, TransportError, detached
-from transport.tensors import Source
+from transport.tensors import Source, source_of
 
 _log = logging.getLogger("tensorferry.transport")
 
@@ -72,10 +74,9 @@ class AutoParcel(Parcel):
 
 
 class AutoOutbound(Outbound):
-    """Chooses among inline, shm and frames. One budget serves all that goes outside the ring."""
+    """Chooses among inline, shm, tcp and frames. One budget serves all that goes outside the ring."""
 
     name = "auto"
-    reads = "shm"
 
     def __init__(self, config: TransportConfig) -> None:
         super().__init__(config)
@@ -83,7 +84,9 @@ class AutoOutbound(Outbound):
         self._inline = InlineOutbound(config, self.budget)
         self.shm = ShmOutbound(config)
         self._cuda = CudaOutbound(self.shm)
+        self.tcp = TcpOutbound(config, self.shm, self.budget)
         self._frames = FramesOutbound(config, self.budget)
+        self._asked: dict[Peer, Outbound] = {}  # what was offered last
         self._detours: Counter[str] = Counter()
         self._detour_bytes: Counter[str] = Counter()
         self._sent: Counter[str] = Counter()
@@ -92,22 +95,44 @@ class AutoOutbound(Outbound):
         self._lock = threading.Lock()
 
     def wants_offer(self, peer: Peer, sizes: Sequence[int]) -> bool:
-        return self.shm.wants_offer(peer, sizes) and bool(self._split(sizes)[1])
+        _, large = self._split(sizes)
+        return bool(large) and self._wanting(peer, [sizes[index] for index in large]) is not None
+
+    def reads(self, peer: Peer) -> str:
+        return (self._wanting(peer, [self.config.max_message_bytes]) or self).name
 
     def offer(self, peer: Peer) -> bytes:
+        way = self._asked[peer] = self._wanting(peer, [self.config.max_message_bytes]) or self.shm
         try:
-            return self.shm.offer(peer)
+            return way.offer(peer)
         except Full as error:
-            if not self._said:
+            if way is self.shm and not self._said:
                 self._said = True
                 _log.warning("going on without shared memory: %s", error)
             raise
 
     def admit(self, peer: Peer, answer: Proof | Refusal) -> str:
-        return self.shm.admit(peer, answer)
+        return self._asked.get(peer, self.shm).admit(peer, answer)
+
+    def _candidates(self, peer: Peer) -> list[Outbound]:
+        """What may serve a peer once it has proved something, the best first."""
+        return [self.shm, self.tcp] if peer.address.startswith("tcp://") else [self.shm]
+
+    def _way(self, peer: Peer) -> Outbound:
+        """What serves a peer now."""
+        return next((way for way in self._candidates(peer) if way.serves(peer)), self._frames)
+
+    def _wanting(self, peer: Peer, sizes: Sequence[int]) -> Outbound | None:
+        """The best candidate whose proof is to come, where none serves the peer yet."""
+        for way in self._candidates(peer):
+            if way.serves(peer):
+                return None
+            if way.wants_offer(peer, sizes):
+                return way
+        return None
 
     def limit(self, peer: Peer) -> int:
-        return (self.shm if self.shm.admitted(peer) else self._frames).limit(peer)
+        return self._way(peer).limit(peer)
 
     def lend(self, nbytes: int, timeout: float, poll: Poll) -> Bytes | None:
         try:
@@ -163,10 +188,17 @@ class AutoOutbound(Outbound):
         deadline: float,
         poll: Poll,
     ) -> None:
-        """Through the ring for whom it is proved, the rest and the late ones by frames."""
-        mapped = [reader for reader in readers if self.shm.admitted(reader)]
-        others = {reader: self.shm.explain(reader) for reader in readers if reader not in mapped}
-        nbytes = sum([sources[index].nbytes for index in large])
+        """Each reader by what serves it; those of the ring that are late by frames."""
+        groups: dict[Outbound, list[Peer]] = {}
+        for reader in readers:
+            groups.setdefault(self._way(reader), []).append(reader)
+        if len(groups.keys() - {self._frames}) > 1:
+            sources = self._copied_once(sources, large, deadline, poll)
+        others = {reader: self._why_frames(reader) for reader in groups.pop(self._frames, ())}
+        mapped = groups.pop(self.shm, [])
+        nbytes = sum(sources[index].nbytes for index in large)
+        for way, group in groups.items():
+            self._put_part(parcel, way, sources, large, group, deadline, poll)
         patience = min(deadline, time.monotonic() + self.config.detour_after)
         if nbytes > self.config.detour_bytes:
             patience = deadline  # there is no other way, not even later
@@ -197,6 +229,32 @@ class AutoOutbound(Outbound):
                 del reason
         for why in others.values():
             self._count_detour(why, nbytes)
+
+    def _copied_once(
+        self, sources: Sequence[Source], large: list[int], deadline: float, poll: Poll
+    ) -> Sequence[Source]:
+        """The sources, the large ones out of the ring if it has room: every way finds them there."""
+        patience = min(deadline, time.monotonic() + self.config.detour_after)
+        sizes = [sources[index].nbytes for index in large]
+        try:
+            arrays = self.shm.lend_all(sizes, max(0.0, patience - time.monotonic()), poll)
+        except (Full, TooLarge):
+            return sources
+        copied = list(sources)
+        try:
+            for index, array in zip(large, arrays, strict=True):
+                sources[index].fill(array, threads=self.config.threads)
+                source = source_of(array)
+                assert source is not None  # it is an array
+                copied[index] = source
+        except BaseException:
+            arrays.clear()  # the traceback keeps this frame, which must not keep the room
+            copied.clear()
+            raise
+        return copied
+
+    def _why_frames(self, peer: Peer) -> str:
+        return "; ".join(way.explain(peer) for way in self._candidates(peer))
 
     def _put_part(
         self,
@@ -235,8 +293,11 @@ class AutoOutbound(Outbound):
             self._detour_bytes[reason] += nbytes
 
     def explain(self, peer: Peer) -> str:
-        reason = self.shm.explain(peer)
-        return reason if self.shm.admitted(peer) else f"frames; {reason}"
+        way = self._way(peer)
+        if way is self._frames:
+            return f"frames; {self._why_frames(peer)}"
+        before = self._candidates(peer)[: self._candidates(peer).index(way)]
+        return "; ".join([way.explain(peer), *(other.explain(peer) for other in before)])
 
     def alive(self, peer: Peer) -> bool | None:
         return self.shm.alive(peer)
@@ -244,8 +305,20 @@ class AutoOutbound(Outbound):
     def held(self, peer: Peer) -> Held | None:
         return self.shm.held(peer)
 
+    def fault(self, peer: Peer) -> str:
+        return self.tcp.fault(peer)
+
     def drop(self, peer: Peer) -> None:
+        self._asked.pop(peer, None)
         self.shm.drop(peer)
+        self.tcp.drop(peer)
+
+    def flush(self, timeout: float) -> bool:
+        return self.tcp.flush(timeout)
+
+    def part(self, name: str) -> Outbound | None:
+        own = {way.name: way for way in (self, self._inline, self.shm, self.tcp, self._frames)}
+        return own.get(name)
 
     def statistics(self) -> dict[str, object]:
         with self._lock:
@@ -257,10 +330,11 @@ class AutoOutbound(Outbound):
                 },
                 "shm": self.shm.statistics(),
                 "cuda": self._cuda.statistics(),
+                "tcp": self.tcp.statistics(),
             }
 
     def close(self) -> None:
-        self.shm.close()
+        self.tcp.close()  # and the ring
 
 
 def _kind(error: TransportError) -> str:

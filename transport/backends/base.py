@@ -29,11 +29,17 @@ Poll = Callable[[], object]
 
 
 class Peer(NamedTuple):
-    """One link to one peer: the link's number, the peer's name and pid (0: unknown)."""
+    """One link to one peer: the link's number, the peer's name and pid (0: unknown).
+
+    address: where the link runs: as it was dialled, or where this endpoint listens. dialled: whether this
+    endpoint made it.
+    """
 
     link: int
     name: str
     pid: int = 0
+    address: str = ""
+    dialled: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,6 @@ class Outbound(ABC):
     """The sending side of a backend in one endpoint. Called by several threads."""
 
     name: str
-    reads = ""
-    """The name of the inbound that an offer is for, where it is not that of the outbound."""
 
     def __init__(self, config: TransportConfig) -> None:
         self.config = config
@@ -119,6 +123,14 @@ class Outbound(ABC):
     def wants_offer(self, peer: Peer, sizes: Sequence[int]) -> bool:
         """Whether tensors of these sizes (bytes) wait for `peer` to prove that it can read them."""
         return False
+
+    def serves(self, peer: Peer) -> bool:
+        """Whether tensors can be put for `peer` now: it needs no proof, or has given it."""
+        return True
+
+    def reads(self, peer: Peer) -> str:
+        """The name of the inbound that the next offer to `peer` is for."""
+        return self.name
 
     def offer(self, peer: Peer) -> bytes:
         """What `peer` needs for its proof. `TransportError` when there can be none: the peer is refused."""
@@ -154,6 +166,10 @@ class Outbound(ABC):
         """Whether the peer's process lives, where the backend can tell; slow is not dead."""
         return None
 
+    def fault(self, peer: Peer) -> str:
+        """Why what was put for `peer` will never reach it, so that its link has to end; "" in general."""
+        return ""
+
     def held(self, peer: Peer) -> Held | None:
         """What `peer` holds of this backend's memory, for people; None where it has none."""
         return None
@@ -161,6 +177,14 @@ class Outbound(ABC):
     def drop(self, peer: Peer) -> None:
         """The link ended: forget what is known of `peer`. Its parcels are released separately."""
         return
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until what was put can be read without this process, `timeout` seconds at most."""
+        return True
+
+    def part(self, name: str) -> Outbound | None:
+        """The outbound of that name in this one: itself, or one of those that it chooses from."""
+        return self if name == self.name else None
 
     def statistics(self) -> dict[str, object]:
         """Counters and sizes, for people and tests."""
@@ -179,9 +203,16 @@ class Inbound(ABC):
     name: str
     on_device = False
     """Whether what it opens is on a GPU: `open_on_device` is called then, where a torch tensor is wanted."""
+    comes_later = False
+    """Whether bytes may come after their message, which waits then: `is_ready` and `taken` are called."""
 
     def __init__(self, config: TransportConfig) -> None:
         self.config = config
+
+    def begin(self, outbound: Outbound, wake: Callable[[], object]) -> None:
+        """Called once, before the rest: the outbound of the same endpoint, and what to call in any thread
+        when a message may have become ready."""
+        return
 
     def accept(self, peer: Peer, offer: bytes, own_name: str) -> Proof | Refusal:
         """Prove that this process can read what `peer` puts. Offers are hostile input."""
@@ -212,9 +243,21 @@ class Inbound(ABC):
         """
         yield 0, self.open(peer, handle, nbytes, frames)
 
+    def is_ready(self, peer: Peer, handle: bytes) -> bool:
+        """Whether `open` has an answer: the bytes are there, or it is known that they are not to come."""
+        return True
+
+    def taken(self, peer: Peer, handle: bytes) -> None:
+        """The message with that handle was taken, or refused: it will not be opened again."""
+        return
+
     def alive(self, peer: Peer) -> bool | None:
         """Whether the peer's process lives, where the backend can tell; slow is not dead."""
         return None
+
+    def fault(self, peer: Peer) -> str:
+        """Why what `peer` announced will never come, so that its link has to end; "" in general."""
+        return ""
 
     def stores(self) -> Collection[int]:
         """The stores of others that handles can be opened of here, whoever passes them on."""

@@ -12,23 +12,27 @@ from transport.waiting import attempts
 
 
 class Budget:
-    """At most `limit` bytes for each peer. What a slow reader leaves in queues cannot grow beyond it."""
+    """At most `limit` bytes for each peer. What a slow reader leaves in queues cannot grow beyond it.
 
-    def __init__(self, limit: int) -> None:
+    name: what limits it, for errors.
+    """
+
+    def __init__(self, limit: int, name: str = "detour_bytes") -> None:
         self.limit = limit
+        self._name = name
         self._taken: dict[int, int] = {}
         self._lock = threading.Lock()
 
     def take(self, readers: Sequence[Peer], nbytes: int, *, timeout: float, poll: Poll) -> None:
         """Count `nbytes` for every reader or for none. `Full` names who has not acknowledged enough."""
         if nbytes > self.limit:
-            raise TooLarge(f"{nbytes} bytes at once exceed detour_bytes ({self.limit})")
+            raise TooLarge(f"{nbytes} bytes at once exceed {self._name} ({self.limit})")
         for last in attempts(timeout, poll):
             late = self._try(readers, nbytes)
             if not late:
                 return
             if last:
-                reason = f"{nbytes} bytes more would exceed detour_bytes ({self.limit})"
+                reason = f"{nbytes} bytes more would exceed {self._name} ({self.limit})"
                 held = {p.name: f"{self.taken(p)} bytes unacknowledged; {reason}" for p in late}
                 raise Full("; ".join(f"{name} has {text}" for name, text in held.items()), failed=held)
 

@@ -148,8 +148,7 @@ class ShmOutbound(Outbound):
         """The GPU of this process on which the peer can read what is shared with it."""
         return self._same_device.get(peer)
 
-    def admitted(self, peer: Peer) -> bool:
-        """Whether the peer proved that it maps the ring."""
+    def serves(self, peer: Peer) -> bool:
         return peer in self._places
 
     def map_one_ring(self, readers: Sequence[Peer]) -> bool:
@@ -230,9 +229,21 @@ class ShmOutbound(Outbound):
         for ring in unused:
             ring.close()
 
+    def can_be(self) -> bool:
+        """Whether there is a ring, or one can be made."""
+        try:
+            self.ring()
+        except shm.NoSpace:
+            return False
+        return True
+
     def limit(self, peer: Peer) -> int:
         place = self._places.get(peer)
-        writer = self._writer if place is None else place.ring
+        return self.most(None if place is None else place.ring)
+
+    def most(self, writer: shm.RingWriter | None = None) -> int:
+        """How many bytes one message may take at once of a ring, by default of the one that is written now."""
+        writer = writer or self._writer
         if writer is None:
             share, capacity = int(self.config.ring_bytes * self.config.peer_share), self.config.ring_bytes
         else:
@@ -241,9 +252,24 @@ class ShmOutbound(Outbound):
         return max(1, min(share, capacity - capacity // 16))
 
     def lend(self, nbytes: int, timeout: float, poll: Poll) -> Bytes | None:
+        return self.lend_all([nbytes], timeout, poll)[0]
+
+    def lend_all(self, sizes: Sequence[int], timeout: float, poll: Poll) -> list[Bytes]:
+        """Writable memory of these sizes (bytes, > 0) in the ring, all of it or `Full`, or `TooLarge`.
+
+        Each array keeps its record until the last view of it is gone.
+        """
         writer = self._ring_or_full()
-        (record,) = _mapped(lambda: writer.reserve([nbytes], timeout=timeout, poll=poll))
-        return writer.lend(record, keep=False)
+        records = _mapped(lambda: writer.reserve(sizes, timeout=timeout, poll=poll))
+        return [writer.lend(record, keep=False) for record in records]
+
+    def lent(self, source: Source) -> Bytes | None:
+        """The bytes of a source that lie in a loan, kept as by `lend_all`; None for any other."""
+        loan = None if self._writer is None else _find_loan(self._writer, source)
+        if loan is None or self._writer is None:
+            return None
+        record, start = loan
+        return self._writer.lend(record)[start : start + source.nbytes]
 
     def put(
         self, sources: Sequence[Source], readers: Sequence[Peer], *, timeout: float, poll: Poll

@@ -1,0 +1,441 @@
+"""The payload over bulk connections, for peers on other hosts: out of this process's ring into the peer's.
+
+The bytes of a message are put into the sender's own ring; a thread streams them from there, in chunks,
+once the receiver granted credit for all of them, and the receiver's thread takes them straight into its
+own ring. Both sides are here; how the bytes travel is in `transport.bulk`.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import msgspec
+import numpy as np
+
+from transport.backends.base import (
+    Bytes,
+    Inbound,
+    Load,
+    NoParcel,
+    Outbound,
+    Parcel,
+    Peer,
+    Poll,
+    Proof,
+    Refusal,
+)
+from transport.backends.budget import Budget
+from transport.backends.shm import ShmOutbound
+from transport.bulk.channel import Channel
+from transport.bulk.hub import Hub
+from transport.bulk.landing import Landing
+from transport.bulk.transfer import Outgoing
+from transport.config import TransportConfig
+from transport.errors import Full, PeerGone, ProtocolError, Timeout, TooLarge, detached
+from transport.tensors import Source
+from transport.waiting import attempts
+
+_OPEN_MAY_TAKE = 1.0
+_NAP = 1e-3
+
+
+class _Handle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One tensor of a transfer; `check` tells a handle that was changed on its way."""
+
+    transfer: int
+    index: int
+    check: int
+
+
+class _Terms(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """An offer or the answer to one, of what its sender takes at once; port 0: who gets it listens."""
+
+    limit: int
+    port: int
+    token: bytes
+
+
+_handles = msgspec.msgpack.Decoder(_Handle)
+_terms = msgspec.msgpack.Decoder(_Terms)
+_encode = msgspec.msgpack.Encoder().encode
+_NO_BYTES = ("inline", _encode(b""))
+_LOOPBACK = "127.0.0.1"
+
+
+class TcpParcel(Parcel):
+    """Transfers of the same bytes, one for each reader; `give` tells its budgets that one has let go."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        transfers: dict[Peer, tuple[Channel, Outgoing]],
+        hub: Hub,
+        give: Callable[[Peer], None],
+    ) -> None:
+        self._sizes = sizes
+        self._transfers = transfers
+        self._hub = hub
+        self._give = give
+
+    def load(self, reader: Peer) -> Load:
+        _, outgoing = self._transfers[reader]
+        handles, index = [], 0
+        for size in self._sizes:
+            handles.append((TcpOutbound.name, _handle(outgoing.number, index)) if size else _NO_BYTES)
+            index += size > 0
+        return Load(handles)
+
+    def release(self, reader: Peer) -> None:
+        channel, outgoing = self._transfers[reader]
+        self._give(reader)
+        if outgoing.landed:
+            outgoing.let_go()
+            self._hub.tell(partial(channel.forget, outgoing), now=False)
+        else:
+            self._hub.tell(partial(channel.cancel, outgoing))
+
+
+class TcpOutbound(Outbound):
+    """Puts into the ring and has it streamed. Owns the bulk connections of its endpoint, in both directions.
+
+    ring: the endpoint's own. budget: of bytes beside it.
+    """
+
+    name = "tcp"
+
+    def __init__(
+        self, config: TransportConfig, ring: ShmOutbound | None = None, budget: Budget | None = None
+    ) -> None:
+        super().__init__(config)
+        self.ring = ring or ShmOutbound(config)
+        self.hub = Hub(config, Landing(config, self._land))
+        self._budget = budget or Budget(config.detour_bytes)
+        self._share = Budget(int(config.ring_bytes * config.peer_share), "a peer's share of the ring")
+        self._asked: set[Peer] = set()
+        self._refused: dict[Peer, str] = {}
+        self._detours = self._tensors = self._nbytes = 0
+
+    # -------------------------------------------------------------- who is reached
+
+    def serves(self, peer: Peer) -> bool:
+        channel = self.hub.channel(peer)
+        return channel is not None and channel.opened > 0 and not channel.over
+
+    def wants_offer(self, peer: Peer, sizes: Sequence[int]) -> bool:
+        return any(sizes) and not self.serves(peer) and not self._why_not(peer)
+
+    def offer(self, peer: Peer) -> bytes:
+        self._asked.add(peer)
+        try:
+            return _encode(self.terms(peer, expecting=not peer.dialled))
+        except OSError as error:
+            reason = self._refused[peer] = f"cannot listen for it: {error.strerror}"
+            raise Full(reason, failed={peer.name: reason}) from error
+
+    def admit(self, peer: Peer, answer: Proof | Refusal) -> str:
+        if peer not in self._asked:
+            return "nothing was offered"
+        self._asked.discard(peer)
+        if isinstance(answer, Refusal):
+            self._refused[peer] = answer.reason
+            return answer.reason
+        reason = self.agree(peer, answer.data, dial=peer.dialled)
+        if reason:
+            self._refused[peer] = reason
+        return reason
+
+    def terms(self, peer: Peer, *, expecting: bool) -> _Terms:
+        """What a peer is told; `expecting`: it shall dial. `OSError` when nothing can listen."""
+        limit = self.hub.landing.limit if self.ring.can_be() else max(1, self.config.detour_bytes // 2)
+        if not expecting:
+            return _Terms(limit, 0, b"")
+        return _Terms(limit, *self.hub.expect(peer, _host(peer)))
+
+    def agree(self, peer: Peer, data: bytes, *, dial: bool) -> str:
+        """Take a peer's terms; "" or why not. Only the host that the control link runs to is dialled."""
+        try:
+            terms = _terms.decode(data)
+        except msgspec.DecodeError:
+            return "the terms of the bulk connection are none"
+        if not 0 < terms.limit < 1 << 63 or not 0 <= terms.port < 1 << 16 or dial != bool(terms.port):
+            return "the terms of the bulk connection are wrong"
+        channel = self.hub.channel(peer)
+        if dial:
+            channel = self.hub.dial(peer, _host(peer), terms.port, terms.token)
+        if channel is not None:
+            channel.limit = terms.limit
+        return ""
+
+    def explain(self, peer: Peer) -> str:
+        if self.serves(peer):
+            return f"tcp: a bulk connection {'to' if peer.dialled else 'at'} {_host(peer)}"
+        why_not = self._why_not(peer)
+        if why_not:
+            return f"not tcp: {why_not}"
+        return "not tcp yet: " + ("no bulk connection so far" if peer in self._asked else "no need")
+
+    def fault(self, peer: Peer) -> str:
+        channel = self.hub.channel(peer)
+        return channel.fault if channel is not None and channel.opened else ""
+
+    def drop(self, peer: Peer) -> None:
+        self._asked.discard(peer)
+        self._refused.pop(peer, None)
+        channel = self.hub.channel(peer)
+        if channel is not None:
+            self.hub.tell(channel.end)
+
+    def _why_not(self, peer: Peer) -> str:
+        channel = self.hub.channel(peer)
+        return self._refused.get(peer, "") or (channel.fault if channel is not None else "")
+
+    # -------------------------------------------------------------- tensors
+
+    def limit(self, peer: Peer) -> int:
+        most = self.ring.most() if self.ring.can_be() else max(1, self.config.detour_bytes // 2)
+        channel = self.hub.channel(peer)
+        return min(most, channel.limit) if channel is not None and channel.limit else most
+
+    def lend(self, nbytes: int, timeout: float, poll: Poll) -> Bytes | None:
+        return self.ring.lend(nbytes, timeout, poll)
+
+    def put(
+        self, sources: Sequence[Source], readers: Sequence[Peer], *, timeout: float, poll: Poll
+    ) -> Parcel:
+        sizes = [source.nbytes for source in sources]
+        nbytes = sum(sizes)
+        if not nbytes:
+            return NoParcel(Load([_NO_BYTES] * len(sources)))
+        deadline = time.monotonic() + timeout
+        channels = self._channels(readers, timeout, poll)
+        left = max(0.0, deadline - time.monotonic())
+        with _told_why(channels), self._share.taken_for(readers, nbytes, timeout=left, poll=poll):
+            wanted = [source for source in sources if source.nbytes]
+            pieces, beside = self._copied(wanted, readers, deadline, poll)
+        transfers = {peer: (channel, self.hub.start(channel, pieces)) for peer, channel in channels.items()}
+        self._tensors += len(sources)
+        self._nbytes += nbytes
+        return TcpParcel(sizes, transfers, self.hub, partial(self._give, nbytes, beside))
+
+    def _channels(self, readers: Sequence[Peer], timeout: float, poll: Poll) -> dict[Peer, Channel]:
+        """The channels of readers that are connected; the first connection may still be made."""
+        for last in attempts(timeout, poll):
+            channels = {peer: self.hub.channel(peer) for peer in readers if self.serves(peer)}
+            missing = [peer for peer in readers if peer not in channels]
+            if last or all(self._why_not(peer) for peer in missing):
+                break
+        if missing:
+            reasons = {peer.name: self.explain(peer) for peer in missing}
+            raise Full("; ".join(f"{name}: {why}" for name, why in reasons.items()), failed=reasons)
+        return {peer: channel for peer, channel in channels.items() if channel is not None}
+
+    def _copied(
+        self, sources: Sequence[Source], readers: Sequence[Peer], deadline: float, poll: Poll
+    ) -> tuple[list[Bytes], int]:
+        """The bytes of the sources in the ring, if need be beside it; how many lie beside."""
+        lent = [self.ring.lent(source) for source in sources]
+        fresh = [source for source, piece in zip(sources, lent, strict=True) if piece is None]
+        arrays, beside = self._room([source.nbytes for source in fresh], readers, deadline, poll)
+        try:
+            for source, array in zip(fresh, arrays, strict=True):
+                source.fill(array, threads=self.config.threads)
+        except BaseException:
+            arrays.clear()  # the traceback keeps this frame, which must not keep the room
+            lent.clear()
+            for reader in readers:
+                self._budget.give(reader, beside)
+            raise
+        filled = iter(arrays)
+        return [next(filled) if piece is None else piece for piece in lent], beside
+
+    def _room(
+        self, sizes: Sequence[int], readers: Sequence[Peer], deadline: float, poll: Poll
+    ) -> tuple[list[Bytes], int]:
+        if not sizes:
+            return [], 0
+        now, total = time.monotonic(), sum(sizes)
+        has_detour = total <= self.config.detour_bytes
+        patience = min(deadline, now + self.config.detour_after) if has_detour else deadline
+        try:
+            return self.ring.lend_all(sizes, max(0.0, patience - now), poll), 0
+        except (Full, TooLarge) as error:
+            full = detached(error)
+        if not has_detour:
+            raise full
+        try:
+            self._budget.take(readers, total, timeout=max(0.0, deadline - time.monotonic()), poll=poll)
+        except Full as error:
+            raise Full(f"{full}; beside it: {error}", failed=error.failed) from None
+        self._detours += 1
+        return [np.empty(size, np.uint8) for size in sizes], total
+
+    def _give(self, nbytes: int, beside: int, reader: Peer) -> None:
+        self._share.give(reader, nbytes)
+        self._budget.give(reader, beside)
+
+    def _land(self, sizes: Sequence[int]) -> list[Bytes]:
+        """Room in the ring for what arrives."""
+        if not self.ring.can_be() or sum(sizes) > self.ring.most():
+            raise TooLarge(f"{sum(sizes)} bytes at once never fit into the ring here")
+        return self.ring.lend_all(sizes, 0.0, _nothing)
+
+    # -------------------------------------------------------------- the end
+
+    def flush(self, timeout: float) -> bool:
+        return self.hub.flush(timeout)
+
+    def statistics(self) -> dict[str, object]:
+        return {
+            "tensors": self._tensors,
+            "nbytes": self._nbytes,
+            "beside the ring": self._detours,
+            "bulk": self.hub.statistics(),
+            **{key: value for key, value in self.ring.statistics().items() if key == "ring"},
+        }
+
+    def close(self) -> None:
+        self.hub.close()
+        self.ring.close()
+
+
+class TcpInbound(Inbound):
+    """What has landed here, in the ring of this endpoint."""
+
+    name = "tcp"
+    comes_later = True
+
+    def __init__(self, config: TransportConfig) -> None:
+        super().__init__(config)
+        self._outbound: TcpOutbound | None = None
+        self._own: TcpOutbound | None = None  # where the endpoint itself sends by other ways
+
+    def begin(self, outbound: Outbound, wake: Callable[[], object]) -> None:
+        part = outbound.part(self.name)
+        if isinstance(part, TcpOutbound):
+            self._outbound = part
+        self._site().hub.wake = wake
+
+    def accept(self, peer: Peer, offer: bytes, own_name: str) -> Proof | Refusal:
+        site = self._site()
+        try:
+            dial = bool(_terms.decode(offer).port)
+        except msgspec.DecodeError:
+            return Refusal("the offer is not one")
+        if dial and not peer.dialled and peer.address.startswith("tcp://"):
+            return Refusal("who made the link makes the bulk connection, too")
+        try:
+            terms = site.terms(peer, expecting=not dial)
+        except OSError as error:
+            return Refusal(f"cannot listen for the bulk connection: {error.strerror}")
+        reason = site.agree(peer, offer, dial=dial)
+        return Refusal(reason) if reason else Proof(_encode(terms))
+
+    def settle(self, peer: Peer, reason: str) -> None:
+        channel = self._site().hub.channel(peer)
+        if reason and channel is not None and not channel.opened:
+            self._site().hub.drop(peer)
+
+    def open(self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]) -> Bytes:
+        where = _decode(handle)
+        channel = self._site().hub.channel(peer)
+        if channel is None:
+            raise PeerGone(f"there is no bulk connection with {peer.name} (any more)")
+        deadline = time.monotonic() + _OPEN_MAY_TAKE
+        while not channel.is_ready(where.transfer):
+            if time.monotonic() > deadline:
+                raise Timeout(f"the bytes of {peer.name}'s tensor are still to come")
+            time.sleep(_NAP)
+        arrays = channel.landed.get(where.transfer)
+        if arrays is None:
+            if channel.over:
+                why = channel.fault or "the link ended"
+                raise PeerGone(f"the bytes of {peer.name}'s tensor did not all come: {why}")
+            raise ProtocolError(f"transfer {where.transfer} of {peer.name} was taken already or given up")
+        if not 0 <= where.index < len(arrays) or arrays[where.index].nbytes != nbytes:
+            raise ProtocolError(f"tensor {where.index} of transfer {where.transfer} has no {nbytes} bytes")
+        return arrays[where.index]
+
+    def is_ready(self, peer: Peer, handle: bytes) -> bool:
+        channel = self._site().hub.channel(peer)
+        try:
+            return channel is None or channel.is_ready(_decode(handle).transfer)
+        except ProtocolError:
+            return True  # `open` will say so
+
+    def taken(self, peer: Peer, handle: bytes) -> None:
+        hub = self._site().hub
+        channel = hub.channel(peer)
+        try:
+            arrays = None if channel is None else channel.landed.pop(_decode(handle).transfer, None)
+        except ProtocolError:
+            return
+        if channel is not None and arrays is not None:
+            nbytes = sum(array.nbytes for array in arrays)
+            hub.tell(partial(hub.landing.taken, peer.link, nbytes), now=channel.waits_for_room)
+
+    def fault(self, peer: Peer) -> str:
+        return self._site().fault(peer)
+
+    def drop(self, peer: Peer) -> None:
+        self._site().hub.drop(peer)
+
+    def statistics(self) -> dict[str, object]:
+        return self._site().hub.statistics()
+
+    def close(self) -> None:
+        if self._own is not None:
+            self._own.close()
+
+    def _site(self) -> TcpOutbound:
+        if self._outbound is None:
+            self._outbound = self._own = TcpOutbound(self.config)
+        return self._outbound
+
+
+@contextmanager
+def _told_why(channels: dict[Peer, Channel]) -> Iterator[None]:
+    """A `Full` says what the other side told about its being late."""
+    try:
+        yield
+    except Full as error:
+        held = [f"{peer.name} says: {channel.held}" for peer, channel in channels.items() if channel.held]
+        if not held:
+            raise
+        text = "; ".join([str(error), *held])
+        raise Full(text, failed=error.failed) from error.__cause__
+
+
+def _handle(transfer: int, index: int) -> bytes:
+    return _encode(_Handle(transfer, index, _check(transfer, index)))
+
+
+def _decode(handle: bytes) -> _Handle:
+    try:
+        where = _handles.decode(handle)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"a bulk handle is not one: {error}") from error
+    if not (0 < where.transfer < 1 << 63 and 0 <= where.index < 1 << 31):
+        raise ProtocolError(f"tensor {where.index} of transfer {where.transfer}")
+    if where.check != _check(where.transfer, where.index):
+        raise ProtocolError("a bulk handle does not fit its checksum")
+    return where
+
+
+def _check(transfer: int, index: int) -> int:
+    return zlib.crc32(struct.pack("<QI", transfer, index))
+
+
+def _host(peer: Peer) -> str:
+    """The host that the control link with a peer runs to, or listens at."""
+    if not peer.address.startswith("tcp://"):
+        return _LOOPBACK
+    return peer.address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+
+
+def _nothing() -> None:
+    return

@@ -1,0 +1,110 @@
+"""Transfers: the tensors of one message (or part) for one peer, on their way out and on their way in."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from transport.backends.base import Bytes
+from transport.bulk.frames import CHUNK_BYTES, Damaged, Frame, Kind, checksum, encode
+
+
+class Outgoing:
+    """What a peer is sent. pieces: the tensors' bytes, kept as they are until `let_go`.
+
+    `landed` may be read in any thread: the peer has all of it, and nothing is read here any more.
+    """
+
+    __slots__ = ("_index", "_start", "landed", "number", "pieces")
+
+    def __init__(self, number: int, pieces: Sequence[Bytes]) -> None:
+        self.number = number
+        self.pieces = pieces
+        self.landed = False
+        self._index = self._start = 0
+
+    def sizes(self) -> bytes:
+        """The body of its announcement."""
+        return struct.pack(f"<{len(self.pieces)}Q", *(piece.nbytes for piece in self.pieces))
+
+    def go_on_at(self, index: int, start: int) -> None:
+        """The peer has everything before this place. `Damaged` when there is no such place."""
+        if index > len(self.pieces) or (
+            start and (index == len(self.pieces) or start >= self.pieces[index].nbytes)
+        ):
+            raise Damaged(f"credit from byte {start} of tensor {index} on")
+        self._index, self._start = index, start
+
+    def let_go(self) -> None:
+        """Keep the bytes no longer."""
+        self.pieces = ()
+
+    @property
+    def sent(self) -> bool:
+        """Whether the last chunk is out."""
+        return self._index >= len(self.pieces)
+
+    def next_chunk(self) -> tuple[bytes, Bytes]:
+        """Header and bytes of the next chunk; there must be one."""
+        index, start = self._index, self._start
+        body = self.pieces[index][start : start + CHUNK_BYTES]
+        self._start += body.nbytes
+        if self._start == self.pieces[index].nbytes:
+            self._index, self._start = index + 1, 0
+        return encode(Frame(Kind.CHUNK, self.number, index, start, body.nbytes, checksum(body))), body
+
+
+class Incoming:
+    """What comes from a peer. arrays: where it goes, once credit was granted for all of it."""
+
+    __slots__ = ("_index", "_start", "arrays", "number", "sizes")
+
+    def __init__(self, number: int, body: bytes | memoryview, most: int) -> None:
+        if len(body) % 8 or len(body) > 8 * most:
+            raise Damaged(f"an announcement of {len(body)} bytes")
+        self.number = number
+        self.sizes: tuple[int, ...] = struct.unpack(f"<{len(body) // 8}Q", body)
+        if not all(self.sizes):
+            raise Damaged("an announcement of no bytes")
+        self.arrays: list[Bytes] | None = None
+        self._index = self._start = 0
+        self._skip()
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(self.sizes)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Up to which tensor, and byte of it, everything has come."""
+        return self._index, self._start
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything has come."""
+        return self._index == len(self.sizes)
+
+    def body_of(self, chunk: Frame) -> memoryview:
+        """Where the bytes of a chunk go. `Damaged` unless it is the one that follows."""
+        if self.arrays is None or (chunk.index, chunk.start) != self.place or self.whole:
+            raise Damaged(f"bytes at {chunk.start} of tensor {chunk.index} where {self.place} follows")
+        if not 0 < chunk.nbytes <= min(CHUNK_BYTES, self.sizes[self._index] - self._start):
+            raise Damaged(f"{chunk.nbytes} bytes at {chunk.start} of {self.sizes[self._index]}")
+        return self.arrays[chunk.index].data[chunk.start : chunk.start + chunk.nbytes]
+
+    def arrived(self, chunk: Frame) -> None:
+        """A chunk is there, and right."""
+        self._start += chunk.nbytes
+        self._skip()
+
+    def finished(self) -> list[Bytes]:
+        """The tensors' bytes, from now on read-only."""
+        assert self.arrays is not None
+        for array in self.arrays:
+            array.flags.writeable = False
+        return self.arrays
+
+    def _skip(self) -> None:
+        while self._index < len(self.sizes) and self._start == self.sizes[self._index]:
+            self._index, self._start = self._index + 1, 0
