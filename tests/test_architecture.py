@@ -29,11 +29,11 @@ RANKS: dict[str, list[set[str]]] = {
         {"sharing", "sources", "staging"},
         {"tensors"},
         {"codec", "message", "waiting"},
-        {"backends.base"},
+        {"backends.base", "curve"},
         {"backends.budget", "backends.records", "assembly", "wire", "registry"},
         {"backends.inline", "backends.frames", "backends.shm", "bulk.frames", "link"},
         {"bulk.connection", "bulk.transfer", "bulk.landing"},
-        {"bulk.channel", "bulk.handshake"},
+        {"bulk.channel", "bulk.handshake", "bulk.tls"},
         {"bulk.hub"},
         {"backends.cuda", "backends.tcp"},
         {"backends.auto", "roster"},
@@ -85,6 +85,7 @@ MORE_LIBRARIES = {
     "shm.ledger": {"numpy"},
     "shm.reader": {"numpy"},
     "shm.writer": {"numpy"},
+    "transport.bulk.tls": {"cryptography"},  # an extra
     "transport.conformance": {"pytest"},  # for third parties' tests; nothing of the package imports it
 }
 

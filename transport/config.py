@@ -61,6 +61,9 @@ class TransportConfig:
         "memory on a GPU for tensors to peers on the same GPU; taken when first used",
         least=1 << 16,
     )
+    curve_key: str = _option("", "tcp: file of this side's key pair; links are encrypted then")
+    curve_server: str = _option("", "tcp: file of the public key of who listens, to connect to it")
+    curve_clients: str = _option("", "tcp: folder of the public keys (*.key) of who may connect")
     insecure: bool = _option(False, "allow tcp addresses off loopback without encryption")
     trace: Trace | None = field(
         default=None, metadata={"help": "called as trace(event, monotonic nanoseconds, fields) at each step"}

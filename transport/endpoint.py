@@ -94,6 +94,8 @@ class Endpoint:
                 raise PeerGone(f"{address} refuses {self.name!r}: {answer.reason}")
             if time.monotonic() >= deadline:
                 why = "somebody listens there, but does not answer" if reached else "nobody listens there"
+                if self._exchange.wire.turned_away(address):
+                    why = "who listens there takes no connection without a key that it knows (curve_key)"
                 raise Timeout(f"{self.name!r} could not connect to {address}: {why}")
             time.sleep(_DIAL_NAP)
 

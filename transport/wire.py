@@ -28,8 +28,10 @@ import numpy as np
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from transport import curve
 from transport.backends.base import Bytes
 from transport.config import TransportConfig
+from transport.curve import Doorkeeper
 from transport.errors import TooLarge, TransportError
 
 _ROUTER, _DEALER = zmq.SocketType.ROUTER, zmq.SocketType.DEALER
@@ -41,7 +43,12 @@ _RECEIVE_QUEUE = 128  # messages of one peer that zmq itself keeps; what is unre
 _NEVER = 10 * 86_400_000  # ms; with -1, which is never, zmq throws away what came and was not read yet
 _UNNUMBERED = 64  # messages without a number that may wait for one peer
 _GONE = zmq.Event.DISCONNECTED | zmq.Event.CLOSED
-_WATCHED = _GONE | zmq.Event.CONNECTED
+_TURNED_AWAY = (
+    zmq.Event.HANDSHAKE_FAILED_AUTH
+    | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
+    | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+)
+_WATCHED = _GONE | _TURNED_AWAY | zmq.Event.CONNECTED
 
 
 class Route(NamedTuple):
@@ -85,6 +92,7 @@ class Wire:
         self._addresses: dict[int, str] = {}
         self._lost: set[int] = set()
         self._reached: set[int] = set()
+        self._turned_away: set[str] = set()  # addresses
         self._next = 1
         self._epoll = select.epoll()
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -93,6 +101,7 @@ class Wire:
         self._awake = False
         self._routers: set[int] = set()
         self._descriptors: dict[int, tuple[int, int]] = {}  # zmq.FD of each socket and of its monitor
+        self._doorkeeper: Doorkeeper | None = None
         self._closed = False
         _wires.add(self)
 
@@ -103,11 +112,17 @@ class Wire:
 
         `TransportError` when the address is wrong, taken, or not allowed without encryption.
         """
-        _check_address(address, listening=True, insecure=self._config.insecure)
+        _check_address(address, self._config, listening=True)
+        secure = self._check_keys(address, listening=True)
         with self._lock:
             socket = self._socket(_ROUTER)
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
             try:
+                if secure:
+                    self._doorkeeper = self._doorkeeper or Doorkeeper(
+                        self._context, self._config.curve_clients
+                    )
+                    curve.listen(socket, self._config)
                 # Whoever is not of our uid is sent away even before the file has its mode.
                 socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
                 socket.bind(_bindable(address))
@@ -122,10 +137,13 @@ class Wire:
 
     def dial(self, address: str) -> int:
         """Connect a new socket; its number. It is not connected again when the connection is lost."""
-        _check_address(address, listening=False, insecure=self._config.insecure)
+        _check_address(address, self._config, listening=False)
+        secure = self._check_keys(address, listening=False)
         with self._lock:
             socket = self._socket(_DEALER)
             socket.setsockopt(zmq.RECONNECT_IVL, _NEVER)
+            if secure:
+                curve.dial(socket, self._config)
             number = self._add(socket, address)
             try:
                 socket.connect(address)
@@ -133,6 +151,13 @@ class Wire:
                 self._remove(number)
                 raise TransportError(f"cannot connect to {address}: {error.strerror}") from error
             return number
+
+    def _check_keys(self, address: str, *, listening: bool) -> bool:
+        """Whether links at an address are encrypted; `TransportError` when keys for that are missing."""
+        secure = bool(self._config.curve_key) and address.startswith("tcp://")
+        if secure:
+            curve.check(self._config, listening=listening)
+        return secure
 
     def hang_up(self, number: int) -> None:
         """Close a socket; what is still to be sent goes out within the linger time."""
@@ -156,6 +181,10 @@ class Wire:
         socket.setsockopt(zmq.SNDHWM, 2 * config.max_queued_messages + _UNNUMBERED)
         socket.setsockopt(zmq.RCVHWM, _RECEIVE_QUEUE)
         socket.setsockopt(zmq.MAXMSGSIZE, max(config.max_control_bytes, config.detour_bytes))
+        socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, max(1, int(config.tcp_timeout / 2)))
+        socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, max(1, int(config.tcp_timeout / 8)))
+        socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 4)
         return socket
 
     def _add(self, socket: zmq.Socket[bytes], address: str) -> int:
@@ -246,6 +275,10 @@ class Wire:
         """Whether a socket that dialled found somebody who listens."""
         return number in self._reached
 
+    def turned_away(self, address: str) -> bool:
+        """Whether who listens at an address broke a handshake off, as one does that has other keys."""
+        return address in self._turned_away
+
     def lost(self) -> set[int]:
         """The sockets on which a connection ended or failed since the last call."""
         if not self._lost:
@@ -258,7 +291,9 @@ class Wire:
         monitor = self._monitors[number]
         while _readable(monitor):
             event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))["event"]
-            if event & _GONE:
+            if event & _TURNED_AWAY:
+                self._turned_away.add(self._addresses[number])
+            if event & (_GONE | _TURNED_AWAY):
                 self._lost.add(number)
             else:
                 self._reached.add(number)
@@ -327,7 +362,7 @@ def _bindable(address: str) -> str:
     return address.removesuffix("0") + "*" if is_any else address
 
 
-def _check_address(address: str, *, listening: bool, insecure: bool) -> None:
+def _check_address(address: str, config: TransportConfig, *, listening: bool) -> None:
     scheme, separator, rest = address.partition("://")
     if not separator or scheme not in ("ipc", "tcp") or not rest:
         raise TransportError(f"{address!r} is no address: use ipc://PATH or tcp://HOST:PORT")
@@ -337,10 +372,11 @@ def _check_address(address: str, *, listening: bool, insecure: bool) -> None:
     host, colon, port = rest.rpartition(":")
     if not colon or not host or not (port.isdigit() or (listening and port == "*")):
         raise TransportError(f"{address!r} is no address: use tcp://HOST:PORT")
-    if listening and not insecure and not _is_loopback(host):
+    if not (config.insecure or config.curve_key or _is_loopback(host)):
         raise TransportError(
-            f"{address} is not a loopback address, and nothing here is encrypted: listen on 127.0.0.1,"
-            " or set insecure=True (--insecure) on a network that you trust"
+            f"{address} is not a loopback address, and nothing here is encrypted: take 127.0.0.1, give keys"
+            " (curve_key; `tensorferry keys` makes them), or set insecure=True (--insecure) on a network that"
+            " you trust"
         )
 
 

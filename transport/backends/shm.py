@@ -242,7 +242,7 @@ class ShmOutbound(Outbound):
         return self.most(None if place is None else place.ring)
 
     def most(self, writer: shm.RingWriter | None = None) -> int:
-        """How many bytes one message may take at once of a ring, by default of the one that is written now."""
+        """How many bytes one message may take at once of a ring, by default of the one written now."""
         writer = writer or self._writer
         if writer is None:
             share, capacity = int(self.config.ring_bytes * self.config.peer_share), self.config.ring_bytes

@@ -53,11 +53,15 @@ class _Handle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 class _Terms(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """An offer or the answer to one, of what its sender takes at once; port 0: who gets it listens."""
+    """An offer or the answer to one: what its sender takes at once, and how it is known.
+
+    port: where to dial; 0: who gets it listens. token: the secret to show there. certificate: with TLS.
+    """
 
     limit: int
     port: int
     token: bytes
+    certificate: bytes
 
 
 _handles = msgspec.msgpack.Decoder(_Handle)
@@ -130,6 +134,10 @@ class TcpOutbound(Outbound):
         return any(sizes) and not self.serves(peer) and not self._why_not(peer)
 
     def offer(self, peer: Peer) -> bytes:
+        missing = self.hub.lacks(peer)
+        if missing:
+            self._refused[peer] = missing
+            raise Full(missing, failed={peer.name: missing})
         self._asked.add(peer)
         try:
             return _encode(self.terms(peer, expecting=not peer.dialled))
@@ -152,9 +160,9 @@ class TcpOutbound(Outbound):
     def terms(self, peer: Peer, *, expecting: bool) -> _Terms:
         """What a peer is told; `expecting`: it shall dial. `OSError` when nothing can listen."""
         limit = self.hub.landing.limit if self.ring.can_be() else max(1, self.config.detour_bytes // 2)
-        if not expecting:
-            return _Terms(limit, 0, b"")
-        return _Terms(limit, *self.hub.expect(peer, _host(peer)))
+        certificate = self.hub.certificate(peer)  # before anybody can connect
+        port, token = self.hub.expect(peer, _host(peer)) if expecting else (0, b"")
+        return _Terms(limit, port, token, certificate)
 
     def agree(self, peer: Peer, data: bytes, *, dial: bool) -> str:
         """Take a peer's terms; "" or why not. Only the host that the control link runs to is dialled."""
@@ -169,7 +177,7 @@ class TcpOutbound(Outbound):
             channel = self.hub.dial(peer, _host(peer), terms.port, terms.token)
         if channel is not None:
             channel.limit = terms.limit
-        return ""
+        return self.hub.pin(peer, terms.certificate)
 
     def explain(self, peer: Peer) -> str:
         if self.serves(peer):
@@ -326,6 +334,8 @@ class TcpInbound(Inbound):
             dial = bool(_terms.decode(offer).port)
         except msgspec.DecodeError:
             return Refusal("the offer is not one")
+        if site.hub.lacks(peer):
+            return Refusal(site.hub.lacks(peer))
         if dial and not peer.dialled and peer.address.startswith("tcp://"):
             return Refusal("who made the link makes the bulk connection, too")
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 import os
 import socket as sockets
+import ssl
 import struct
 from collections.abc import Callable
 from contextlib import suppress
@@ -52,6 +53,7 @@ class Handshake:
         link: int = 0,
         token: bytes = b"",
         find: Find | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.socket = socket
         self.deadline = deadline
@@ -59,29 +61,55 @@ class Handshake:
         self.done = False
         self.writing = find is None  # a dialled socket is writable once it is connected
         self._find = find
+        self._tls = tls
         self._token = token
         self._came = b""
+        self._greeted = False
 
     def step(self) -> None:
         """Go on. `Lost` when this cannot become a bulk connection."""
         try:
+            if self._tls is not None:
+                self._secure(self._tls)
             if self._find is not None:
                 self._answer(self._find)
-            elif self.writing:
+            elif not self._greeted:
                 self._greet()
             else:
                 self._check()
         except (BlockingIOError, InterruptedError):
             return
+        except ssl.SSLWantReadError:
+            self.writing = False
+        except ssl.SSLWantWriteError:
+            self.writing = True
         except OSError as error:
             raise Lost(error.strerror or str(error)) from error
 
-    def _greet(self) -> None:
+    @property
+    def certificate(self) -> bytes:
+        """What the other side showed (DER); empty without TLS."""
+        shown = self.socket.getpeercert(binary_form=True) if isinstance(self.socket, ssl.SSLSocket) else None
+        return shown or b""
+
+    def _secure(self, context: ssl.SSLContext) -> None:
+        if not isinstance(self.socket, ssl.SSLSocket):
+            self._raise_if_refused()
+            self.socket = context.wrap_socket(
+                self.socket, server_side=self._find is not None, do_handshake_on_connect=False
+            )
+        self.socket.do_handshake()
+        self._tls = None
+
+    def _raise_if_refused(self) -> None:
         error = self.socket.getsockopt(sockets.SOL_SOCKET, sockets.SO_ERROR)
         if error:
             raise OSError(error, os.strerror(error))
+
+    def _greet(self) -> None:
+        self._raise_if_refused()
         self._send(_HELLO.pack(MAGIC, self.link, self._token[:HALF]))
-        self.writing = False
+        self._greeted, self.writing = True, False
 
     def _check(self) -> None:
         if not self._receive(_ANSWER.size):

@@ -6,11 +6,13 @@ sockets and channels, so that nothing here needs a lock but the queue of command
 
 from __future__ import annotations
 
+import hmac
 import logging
 import os
 import secrets
 import select
 import socket as sockets
+import ssl
 import threading
 import time
 import weakref
@@ -24,6 +26,7 @@ from transport.bulk.channel import Channel
 from transport.bulk.connection import Connection, Lost
 from transport.bulk.handshake import TOKEN_BYTES, Handshake, prepare
 from transport.bulk.landing import Landing
+from transport.bulk.tls import Identity, available
 from transport.bulk.transfer import Outgoing
 from transport.config import TransportConfig
 
@@ -46,6 +49,8 @@ class _Way:
     channel: Channel
     token: bytes
     until: float  # there must have been a connection by then
+    secure: bool = False
+    certificate: bytes = b""  # the other side's, pinned
     host: str = ""
     port: int = 0
     redial_at: float = 0.0
@@ -67,11 +72,13 @@ class Hub:
         self._event = -1
         self._closed = False
         self._ways: dict[int, _Way] = {}  # by link
-        self._listeners: dict[str, sockets.socket] = {}  # by host
-        self._accepting: dict[int, sockets.socket] = {}  # by descriptor, as those below
+        self._identity: Identity | None = None
+        self._listeners: dict[tuple[str, bool], sockets.socket] = {}  # by host, and whether with TLS
+        self._accepting: dict[int, tuple[sockets.socket, bool]] = {}  # by descriptor, as those below
         self._handshakes: dict[int, Handshake] = {}
         self._connected: dict[int, tuple[Channel, Connection]] = {}
         self._interest: dict[int, int] = {}
+        self._eager: set[int] = set()  # whose turn ended before there was nothing more to read
         _hubs.add(self)
 
     # ------------------------------------------------------------------ for any thread
@@ -87,14 +94,14 @@ class Hub:
         `OSError` when nothing can listen there.
         """
         with self._lock:
-            listener = self._listeners.get(host)
+            way = self._way(peer, secrets.token_bytes(TOKEN_BYTES))
+            listener = self._listeners.get((host, way.secure))
             if listener is None:
                 family = sockets.AF_INET6 if ":" in host else sockets.AF_INET
                 listener = sockets.create_server((host, self._config.tcp_port), family=family, backlog=128)
                 listener.setblocking(False)
-                self._listeners[host] = listener
-                self._queue(lambda: self._accept_at(listener))
-            way = self._way(peer, secrets.token_bytes(TOKEN_BYTES))
+                self._listeners[host, way.secure] = listener
+                self._queue(lambda: self._accept_at(listener, way.secure))
             return int(listener.getsockname()[1]), way.token
 
     def dial(self, peer: Peer, host: str, port: int, token: bytes) -> Channel:
@@ -103,14 +110,46 @@ class Hub:
             way = self._way(peer, token)
             if not way.port:
                 way.host, way.port, way.token = host, port, token
-                self._queue(lambda: None)
+                self._queue(_nothing)
             return way.channel
+
+    def certificate(self, peer: Peer) -> bytes:
+        """What this side shows to a peer (DER); empty where the link is not encrypted."""
+        with self._lock:
+            if not self._is_secure(peer):
+                return b""
+            self._identity = self._identity or Identity()
+            return self._identity.certificate
+
+    def pin(self, peer: Peer, certificate: bytes) -> str:
+        """What the peer will show; "" or what is wrong with it."""
+        with self._lock:
+            if self._is_secure(peer) != bool(certificate):
+                return "only one side has keys"
+            way = self._ways.get(peer.link)
+            if way is not None and certificate:
+                self._identity = self._identity or Identity()
+                try:
+                    self._identity.trust(certificate)
+                except (ssl.SSLError, ValueError):
+                    return "the certificate is none"
+                way.certificate = certificate
+                self._queue(_nothing)  # who dials was waiting for it
+            return ""
+
+    def lacks(self, peer: Peer) -> str:
+        """Why there can be no bulk connection with a peer, "" in general."""
+        return available() if self._is_secure(peer) else ""
+
+    def _is_secure(self, peer: Peer) -> bool:
+        return bool(self._config.curve_key) and peer.address.startswith("tcp://")
 
     def _way(self, peer: Peer, token: bytes) -> _Way:
         way = self._ways.get(peer.link)
         if way is None:
             channel = Channel(peer, self._config, self.landing, self._wake)
-            way = _Way(channel, token, time.monotonic() + self._config.handshake_timeout)
+            until = time.monotonic() + self._config.handshake_timeout
+            way = _Way(channel, token, until, secure=self._is_secure(peer))
             self._ways[peer.link] = way
         return way
 
@@ -198,8 +237,11 @@ class Hub:
         while not self._closed:
             for descriptor, events in epoll.poll(wait, _EVENTS):
                 self._serve(descriptor, events)
+            for descriptor in [*self._eager]:
+                self._eager.discard(descriptor)
+                self._serve(descriptor, _IN)
             self._obey()
-            more = self._send_all()
+            more = self._send_all() or bool(self._eager)
             left = self._look_at_the_clock()
             wait = 0.0 if more else left
 
@@ -211,13 +253,13 @@ class Hub:
         if descriptor == self._event:
             os.eventfd_read(descriptor)
         elif descriptor in self._accepting:
-            self._accept(self._accepting[descriptor])
+            self._accept(*self._accepting[descriptor])
         elif descriptor in self._handshakes:
             self._shake(descriptor)
         elif descriptor in self._connected:
             channel, connection = self._connected[descriptor]
-            if events & ~_OUT:
-                self._guarded(channel, connection, connection.receive)
+            if events & ~_OUT and self._guarded(channel, connection, connection.receive):
+                self._eager.add(descriptor)  # TLS may hold what epoll does not see
             if events & _OUT:
                 self._want(descriptor, _IN)
 
@@ -278,20 +320,22 @@ class Hub:
             self._epoll.unregister(descriptor)
         socket.close()
 
-    def _accept_at(self, listener: sockets.socket) -> None:
-        self._accepting[self._watch(listener, _IN)] = listener
+    def _accept_at(self, listener: sockets.socket, secure: bool) -> None:
+        self._accepting[self._watch(listener, _IN)] = listener, secure
 
-    def _accept(self, listener: sockets.socket) -> None:
+    def _accept(self, listener: sockets.socket, secure: bool) -> None:
         try:
             socket, _ = listener.accept()
         except OSError:
             return
-        if len(self._handshakes) >= _STRANGERS:
+        if len(self._handshakes) >= _STRANGERS or (secure and self._identity is None):
             socket.close()
             return
         prepare(socket, self._config.tcp_timeout)
         deadline = time.monotonic() + self._config.handshake_timeout
-        self._handshakes[self._watch(socket, _IN)] = Handshake(socket, deadline, find=self._token_of)
+        tls = self._identity.server if secure and self._identity is not None else None
+        handshake = Handshake(socket, deadline, find=self._token_of, tls=tls)
+        self._handshakes[self._watch(socket, _IN)] = handshake
 
     def _token_of(self, link: int) -> bytes | None:
         way = self._ways.get(link)
@@ -316,7 +360,9 @@ class Hub:
             socket.close()
             self._failed(way, error.strerror or str(error))
             return
-        handshake = Handshake(socket, now + _DIAL_MAY_TAKE, link=way.channel.peer.link, token=way.token)
+        tls = self._identity.client(way.certificate) if way.secure and self._identity is not None else None
+        link = way.channel.peer.link
+        handshake = Handshake(socket, now + _DIAL_MAY_TAKE, link=link, token=way.token, tls=tls)
         self._handshakes[self._watch(socket, _OUT)] = handshake
 
     def _failed(self, way: _Way, reason: str) -> None:
@@ -337,6 +383,9 @@ class Hub:
         way = self._ways.get(handshake.link)
         if way is None or way.channel.over or way.channel.ended:
             self._give_up(handshake, "the link has ended")
+            return
+        if way.secure and not hmac.compare_digest(handshake.certificate, way.certificate):
+            self._give_up(handshake, "the certificate is not the one of the control link")
             return
         del self._handshakes[descriptor]
         self._want(descriptor, _IN)
@@ -376,7 +425,7 @@ class Hub:
                 what = f"no connection to {way.host}:{way.port}" if way.port else "the peer did not connect"
                 channel.fail(f"{what} in {self._config.handshake_timeout:g} s: {way.trouble or 'no answer'}")
                 return []
-            if way.port and now >= way.redial_at:
+            if way.port and now >= way.redial_at and (way.certificate or not way.secure):
                 self._dial(way, now)
             waits.append(max(0.0, way.until - now) if not channel.opened else 1.0)
             if way.port:
@@ -408,6 +457,10 @@ class Hub:
             self._epoll.close()
             os.close(self._event)
             self._epoll = None
+
+
+def _nothing() -> None:
+    return
 
 
 _hubs: weakref.WeakSet[Hub] = weakref.WeakSet()

@@ -1,0 +1,125 @@
+"""CURVE for control connections over tcp: key files, and who of those who come is known.
+
+Everybody has a key pair. Who connects knows the public key of who listens; who listens knows a folder of
+public keys, asks it for every connection that comes (ZAP, ZeroMQ RFC 27), and turns the others away
+before a single message of theirs is read. Key files are those of `zmq.auth`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import threading
+from pathlib import Path
+
+import zmq
+import zmq.auth
+from zmq.utils import z85
+
+from transport.config import TransportConfig
+from transport.errors import TransportError
+from transport.waiting import RateLimit
+
+_log = logging.getLogger("tensorferry.transport")
+_ZAP = "inproc://zeromq.zap.01"
+_OTHERS_MAY = stat.S_IRWXG | stat.S_IRWXO
+_REQUEST_FRAMES = 7  # version, id, domain, address, identity, mechanism, credentials
+
+
+def make_pair(folder: Path, name: str) -> tuple[Path, Path]:
+    """Write a new pair `name.key` (public) and `name.key_secret` (mode 0600); `FileExistsError`."""
+    for path in (folder / f"{name}.key", folder / f"{name}.key_secret"):
+        if path.exists():
+            raise FileExistsError(f"{path} exists; a key that is in use is not replaced")
+    before = os.umask(0o077)
+    try:
+        public, secret = zmq.auth.create_certificates(folder, name)
+    finally:
+        os.umask(before)
+    return Path(public), Path(secret)
+
+
+def check(config: TransportConfig, *, listening: bool) -> None:
+    """`TransportError` when the key files that this takes are not there, or not for this user alone."""
+    _own(config.curve_key)
+    if not listening:
+        _public(config.curve_server, "curve_server (the public key of who listens)")
+    elif not (config.curve_clients and Path(config.curve_clients).is_dir()):
+        raise TransportError(
+            f"curve_clients ({config.curve_clients or 'not set'}) must be a folder: put the public keys"
+            " (*.key) of those who may connect there"
+        )
+
+
+def listen(socket: zmq.Socket[bytes], config: TransportConfig) -> None:
+    """Let only who has a known key connect to a socket that is about to be bound."""
+    socket.curve_publickey, socket.curve_secretkey = _own(config.curve_key)
+    socket.curve_server = True
+    socket.zap_domain = b"tensorferry"
+
+
+def dial(socket: zmq.Socket[bytes], config: TransportConfig) -> None:
+    """Speak only with who has the key of the server, and show our own."""
+    socket.curve_publickey, socket.curve_secretkey = _own(config.curve_key)
+    socket.curve_serverkey = _public(config.curve_server, "curve_server (the public key of who listens)")
+
+
+class Doorkeeper:
+    """Answers for every connection whether its key is known; ends with the context of its socket."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], clients: str) -> None:
+        self._socket = context.socket(zmq.SocketType.REP)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(_ZAP)
+        self._clients = clients
+        self._warnings = RateLimit()
+        threading.Thread(target=self._run, name="tensorferry-keys", daemon=True).start()
+
+    def _run(self) -> None:
+        with self._socket:
+            while True:
+                try:
+                    self._socket.send_multipart(self._answer(self._socket.recv_multipart()))
+                except zmq.ContextTerminated:
+                    return
+
+    def _answer(self, request: list[bytes]) -> list[bytes]:
+        version, number = request[0], request[1]
+        known = len(request) == _REQUEST_FRAMES and self._is_known(request[5], request[6])
+        status, text = (b"200", b"OK") if known else (b"400", b"this key is not known here")
+        return [version, number, status, text, b"", b""]
+
+    def _is_known(self, mechanism: bytes, key: bytes) -> bool:
+        """Asked of the folder each time: a key that is added or taken away needs no restart."""
+        try:
+            known = zmq.auth.load_certificates(self._clients)
+        except (OSError, ValueError) as error:
+            _log.warning("nobody can connect: the keys in %s cannot be read: %s", self._clients, error)
+            return False
+        if mechanism == b"CURVE" and z85.encode(key) in known:
+            return True
+        left_out = self._warnings.left_out("unknown key")
+        if left_out is not None:
+            _log.warning("a connection was refused: its key is not in %s (%d more)", self._clients, left_out)
+        return False
+
+
+def _own(path: str) -> tuple[bytes, bytes]:
+    try:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        public, secret = zmq.auth.load_certificate(path)
+    except (OSError, ValueError) as error:
+        raise TransportError(f"curve_key ({path}): {error}") from error
+    if secret is None:
+        raise TransportError(f"curve_key ({path}) holds no secret key: name the file NAME.key_secret")
+    if mode & _OTHERS_MAY:
+        raise TransportError(f"curve_key ({path}) may be read by others (mode {mode:o}): chmod 600 {path}")
+    return public, secret
+
+
+def _public(path: str, what: str) -> bytes:
+    try:
+        return zmq.auth.load_certificate(path)[0]
+    except (OSError, ValueError) as error:
+        raise TransportError(f"{what}: {error}") from error
