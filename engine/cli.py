@@ -21,6 +21,7 @@ from engine.config import EngineConfig
 from engine.doctor import doctor
 from engine.environment import placed
 from engine.errors import EngineError, OutputError
+from engine.keys import keys
 from engine.options import ConfigError, options, options_of
 from engine.ps import ps
 from engine.sweep import sweep
@@ -46,7 +47,7 @@ def tensorferry() -> None:
     """Moves large tensors between the processes of an inference engine."""
 
 
-for command in (ps, top, sweep, doctor):
+for command in (ps, top, sweep, doctor, keys):
     tensorferry.add_command(command)
 
 

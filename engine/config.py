@@ -15,9 +15,9 @@ class EngineConfig(Settings):
     `EngineConfig(...)` and `EngineConfig.load(...)` check every value and raise `engine.options.ConfigError`.
     """
 
-    tensor_transport: Literal["auto", "shm", "frames", "inline"] = option(
+    tensor_transport: Literal["auto", "shm", "tcp", "frames", "inline"] = option(
         "auto",
-        help="How tensors travel; auto takes shared memory for every peer that proves it can map it.",
+        help="How tensors travel; auto takes shared memory for every peer that proves to map it, else tcp.",
     )
     shm_ring_gb: float = option(
         1.0,
@@ -159,6 +159,18 @@ class EngineConfig(Settings):
         unit="seconds",
         minimum=0.001,
         help="How long a prompt may take from sending to its answer.",
+    )
+    curve_key: str = option(
+        "",
+        help="File of this side's key pair (`tensorferry keys`): links over TCP are encrypted then.",
+    )
+    curve_server: str = option(
+        "",
+        help="File of the public key of who listens, for who connects to it.",
+    )
+    curve_clients: str = option(
+        "",
+        help="Folder of the public keys of who may connect.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = option(
         "warning",

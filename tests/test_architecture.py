@@ -45,7 +45,7 @@ RANKS: dict[str, list[set[str]]] = {
     ],
     "engine": [
         {"console", "errors", "images", "options", "parallel", "segments", "signals"},
-        {"config", "loading", "model", "ps", "results", "staging", "sweep", "top"},
+        {"config", "keys", "loading", "model", "ps", "results", "staging", "sweep", "top"},
         {"doctor", "environment", "huggingface", "output", "protocol", "report"},
         {"catalog"},
         {"job", "launch", "worker"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transport.backends.base import Held
 from transport.config import TransportConfig
+from transport.curve import make_keys
 from transport.devices import Piece, copies_from_host, copy_in
 from transport.endpoint import Endpoint, PeerInfo, connect, listen
 from transport.errors import Closed, Full, PeerGone, ProtocolError, Timeout, TooLarge, TransportError
@@ -37,6 +38,7 @@ __all__ = [
     "copies_from_host",
     "copy_in",
     "listen",
+    "make_keys",
     "register_rings",
     "registered",
     "stack",

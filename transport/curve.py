@@ -27,17 +27,24 @@ _OTHERS_MAY = stat.S_IRWXG | stat.S_IRWXO
 _REQUEST_FRAMES = 7  # version, id, domain, address, identity, mechanism, credentials
 
 
-def make_pair(folder: Path, name: str) -> tuple[Path, Path]:
-    """Write a new pair `name.key` (public) and `name.key_secret` (mode 0600); `FileExistsError`."""
-    for path in (folder / f"{name}.key", folder / f"{name}.key_secret"):
+def make_keys(folder: Path, name: str, *, public: Path) -> Path:
+    """Write a new pair: `name.key_secret` with mode 0600 into `folder`, `name.key` into `public`; the first.
+
+    `FileExistsError` when there is one of that name, `ValueError` for what is no name.
+    """
+    if not name or not all(letter.isalnum() or letter in "-_." for letter in name):
+        raise ValueError(f"{name!r} is no name for a key: use letters, digits, - _ .")
+    secret = folder / f"{name}.key_secret"
+    for path in (secret, public / f"{name}.key", folder / f"{name}.key"):
         if path.exists():
-            raise FileExistsError(f"{path} exists; a key that is in use is not replaced")
+            raise FileExistsError(f"{path} exists; a key that may be in use is not replaced")
     before = os.umask(0o077)
     try:
-        public, secret = zmq.auth.create_certificates(folder, name)
+        made, _ = zmq.auth.create_certificates(folder, name)
     finally:
         os.umask(before)
-    return Path(public), Path(secret)
+    os.replace(made, public / f"{name}.key")
+    return secret
 
 
 def check(config: TransportConfig, *, listening: bool) -> None:

@@ -53,7 +53,8 @@ class Channel:
         self._numbers = 0  # given out; under the hub's lock
         self._last = 0  # the number of the last transfer that was started
         self._scratch = bytearray()
-        self._lost_at = self._said_held = self._last_byte = time.monotonic()
+        self._lost_at = self._last_byte = time.monotonic()
+        self._said_held = -_SAY_HELD_EVERY
         self._look_at = self._nap = 0.0
         self._owing_since: float | None = None
         self._damages = self._received = 0
@@ -219,8 +220,8 @@ class Channel:
     def _take_answer(self, frame: Frame, outgoing: Outgoing | None) -> None:
         if outgoing is None or outgoing.landed:  # it was cancelled meanwhile
             return
-        self.held = ""
         if frame.kind is Kind.GRANT:
+            self.held = ""
             if outgoing in self._streaming:
                 raise Damaged(f"credit was granted twice for transfer {frame.transfer}")
             outgoing.go_on_at(frame.index, frame.start)
@@ -265,6 +266,7 @@ class Channel:
                     self.connection.post(with_body(Kind.HELD, incoming.number, text))
                 return
             incoming.arrays = place
+            self._said_held = -_SAY_HELD_EVERY
             self._post(Frame(Kind.GRANT, incoming.number))
             self._config.emit("bulk.granted", peer=self.peer.name, transfer=incoming.number)
         self._look_at = 0.0

@@ -1,0 +1,164 @@
+"""The parts of bulk connections by themselves: frames and checksums, transfers, where bytes land."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transport import TransportConfig
+from transport.backends.base import Bytes
+from transport.bulk.frames import CHUNK_BYTES, Damaged, Frame, Kind, checksum, decode, encode
+from transport.bulk.landing import Landing
+from transport.bulk.transfer import Incoming, Outgoing
+from transport.errors import Full, TooLarge
+
+FRAMES = st.builds(
+    Frame,
+    st.sampled_from(Kind),
+    st.integers(0, (1 << 64) - 1),
+    st.integers(0, (1 << 32) - 1),
+    st.integers(0, (1 << 64) - 1),
+    st.integers(0, (1 << 64) - 1),
+    st.integers(0, (1 << 32) - 1),
+)
+
+
+@given(FRAMES)
+def test_a_frame_comes_back_as_it_was(frame: Frame) -> None:
+    assert decode(encode(frame)) == frame
+
+
+@given(FRAMES, st.integers(0, 39), st.integers(1, 255))
+def test_a_changed_byte_of_a_header_shows(frame: Frame, place: int, change: int) -> None:
+    header = bytearray(encode(frame))
+    header[place] ^= change
+    with pytest.raises(Damaged):
+        decode(header)
+
+
+@pytest.mark.parametrize("nbytes", [1, 7, 4095, 4096, 4097, 70_001, CHUNK_BYTES])
+def test_a_changed_byte_of_a_chunk_shows(nbytes: int) -> None:
+    draw = random.Random(nbytes)
+    data = np.random.default_rng(nbytes).integers(0, 256, nbytes, np.uint8)
+    right = checksum(data)
+    for place in {0, nbytes - 1, *(draw.randrange(nbytes) for _ in range(50))}:
+        before = data[place]
+        data[place] ^= 1 << draw.randrange(8)
+        assert checksum(data) != right
+        data[place] = before
+    assert checksum(data) == right
+
+
+def test_swapped_words_of_a_chunk_show() -> None:
+    data = np.random.default_rng(1).integers(0, 256, CHUNK_BYTES, np.uint8)
+    right = checksum(data)
+    data[:16] = np.roll(data[:16], 8)
+    assert checksum(data) != right
+
+
+@given(st.lists(st.integers(1, 2 * CHUNK_BYTES + 9), min_size=1, max_size=4), st.randoms())
+def test_a_transfer_arrives_whole_however_often_it_is_interrupted(
+    sizes: list[int], draw: random.Random
+) -> None:
+    pieces = [np.full(size, number + 1, np.uint8) for number, size in enumerate(sizes)]
+    outgoing = Outgoing(1, pieces)
+    incoming = Incoming(1, outgoing.sizes(), most=8)
+    assert list(incoming.sizes) == sizes
+    incoming.arrays = [np.zeros(size, np.uint8) for size in sizes]
+    while not incoming.whole:
+        outgoing.go_on_at(*incoming.place)
+        for _ in range(draw.randint(1, 5)):
+            if not outgoing.sent:
+                header, body = outgoing.next_chunk()
+                frame = decode(header)
+                assert frame.checksum == checksum(body)
+                incoming.body_of(frame)[:] = body.data
+                incoming.arrived(frame)
+    assert outgoing.sent
+    for came, piece in zip(incoming.finished(), pieces, strict=True):
+        assert np.array_equal(came, piece)
+        assert not came.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("index", "start", "nbytes"),
+    [(0, 1, 10), (1, 0, 10), (0, 0, 101), (0, 0, 0), (5, 0, 1), (0, 1 << 40, 1)],
+)
+def test_a_chunk_that_does_not_follow_is_refused(index: int, start: int, nbytes: int) -> None:
+    incoming = Incoming(1, Outgoing(1, [np.zeros(100, np.uint8)] * 2).sizes(), most=2)
+    incoming.arrays = [np.zeros(100, np.uint8)] * 2
+    with pytest.raises(Damaged):
+        incoming.body_of(Frame(Kind.CHUNK, 1, index, start, nbytes))
+
+
+@pytest.mark.parametrize("body", [b"1234567", bytes(8), b"12345678" * 3])
+def test_an_announcement_that_is_none(body: bytes) -> None:
+    with pytest.raises(Damaged):
+        Incoming(1, body, most=2)
+
+
+@pytest.mark.parametrize(("index", "start"), [(2, 0), (0, 100), (1, 1)])
+def test_credit_for_a_place_that_is_none(index: int, start: int) -> None:
+    with pytest.raises(Damaged):
+        Outgoing(1, [np.zeros(100, np.uint8)]).go_on_at(index, start)
+
+
+class Room:
+    """A ring that has room for so many bytes."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+    def land(self, sizes: object) -> list[Bytes]:
+        assert isinstance(sizes, tuple | list)
+        if sum(sizes) > self.nbytes:
+            raise Full("it is full")
+        return [np.zeros(size, np.uint8) for size in sizes]
+
+
+def landing(room: Room, **changes: int) -> Landing:
+    fields = {"ring_bytes": 1 << 20, "detour_bytes": 1 << 16, "tcp_window": 1 << 20, **changes}
+    return Landing(TransportConfig(**fields), room.land)  # type: ignore[arg-type]
+
+
+class TestLanding:
+    def test_a_share_of_the_ring_then_beside_it_then_the_reason(self) -> None:
+        where = landing(Room(1 << 20))
+        held = [where.place(1, [1 << 18]) for _ in range(2)]
+        beside = where.place(1, [1 << 16])
+        why = where.place(1, [1 << 16])
+        assert isinstance(why, str)
+        assert "share of the ring is used up: 524288 of 524288" in why
+        assert "detour_bytes" in why
+        assert isinstance(where.place(2, [1 << 18]), list)  # another peer has its own share
+        assert dict(where.detours) == {"landing: a peer's share of the ring is used up": 1}
+        del held[0], beside
+        assert isinstance(where.place(1, [1 << 18]), list)
+
+    def test_a_full_ring_sends_no_more_than_the_detour_beside_it(self) -> None:
+        where = landing(Room(0))
+        kept = [where.place(1, [1 << 15]) for _ in range(3)]
+        assert [isinstance(place, list) for place in kept] == [True, True, False]
+        assert "no room in the ring: it is full" in str(kept[2])
+
+    def test_the_window_is_what_was_not_taken(self) -> None:
+        where = landing(Room(1 << 20), tcp_window=1 << 17)
+        first = where.place(1, [1 << 16, 1 << 16])
+        assert isinstance(first, list)
+        assert "granted and not taken" in str(where.place(1, [1]))
+        where.taken(1, 1 << 17)
+        assert isinstance(where.place(1, [1]), list)
+
+    def test_what_the_ring_never_holds_passes_alone(self) -> None:
+        def never(sizes: object) -> list[Bytes]:
+            raise TooLarge("never")
+
+        config = TransportConfig(ring_bytes=1 << 20, detour_bytes=1 << 16, tcp_window=1 << 20)
+        where = Landing(config, never)
+        first = where.place(1, [1 << 18])
+        assert isinstance(first, list)
+        assert isinstance(where.place(1, [1]), str)

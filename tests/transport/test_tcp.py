@@ -1,0 +1,402 @@
+"""Links over TCP with bulk connections: bad networks, slow readers, full rings, strangers, other hosts."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+import shm
+import transport
+from tests import leaks
+from tests.transport.proxy import Proxy
+from transport import Full, PeerGone, TransportConfig
+from transport.backends.base import Peer
+from transport.backends.tcp import TcpInbound, TcpOutbound
+from transport.bulk.hub import Hub
+from transport.conformance import (
+    WAIT,
+    Pumped,
+    joined,
+    noise,
+    repeated,
+    running,
+    same,
+    serve,
+    serving,
+    warm_up,
+)
+
+MIB = 1 << 20
+ADDRESS = "tcp://127.0.0.1:0"
+
+
+def config(**changes: Any) -> TransportConfig:
+    fields = {"backend": "tcp", "ring_bytes": 8 * MIB, "detour_bytes": MIB, "timeout": WAIT}
+    return TransportConfig(**{**fields, **changes})
+
+
+def outbound_of(endpoint: transport.Endpoint) -> TcpOutbound:
+    part = endpoint._exchange.sender.outbound.part("tcp")
+    assert isinstance(part, TcpOutbound)
+    return part
+
+
+def hub_of(endpoint: transport.Endpoint) -> Hub:
+    return outbound_of(endpoint).hub
+
+
+@contextmanager
+def proxied(front: transport.Endpoint) -> Iterator[Proxy]:
+    """A proxy that the peers of `front` are told to dial instead."""
+    hub = hub_of(front)
+    listener = socket.create_server(("127.0.0.1", 0))
+    free: int = listener.getsockname()[1]
+    listener.close()
+    hub._config = dataclasses.replace(hub._config, tcp_port=free)
+    expect = hub.expect
+    with Proxy(free) as proxy:
+        hub.expect = lambda peer, host: (proxy.port, expect(peer, host)[1])  # type: ignore[method-assign]
+        yield proxy
+
+
+@contextmanager
+def pair(**changes: Any) -> Iterator[tuple[transport.Endpoint, Pumped, Proxy]]:
+    """Two endpoints of this process, the second pumped, with a proxy between them, and warm."""
+    with ExitStack() as stack:
+        front = stack.enter_context(transport.listen(ADDRESS, config=config(**changes)))
+        proxy = stack.enter_context(proxied(front))
+        near = stack.enter_context(joined(front, "near", config(**changes)))
+        pumped = Pumped(near)
+        stack.callback(pumped.stop)
+        warm_up(front, pumped)
+        yield front, pumped, proxy
+
+
+class TestBadNetworks:
+    def test_a_connection_cut_in_the_middle_goes_on_and_all_arrive_once(self) -> None:
+        with pair() as (front, near, proxy):
+            proxy.cuts = [proxy.forwarded + place for place in (100, 400_000, 700_000, 2_500_000)]
+            for seed in range(4):
+                front.send({"n": seed, "value": noise(MIB, seed)}, to="near")
+            for seed in range(4):
+                body = near.next().body
+                assert body["n"] == seed
+                assert same(body["value"], noise(MIB, seed))
+            assert hub_of(front).statistics()["connections"] == 5
+            assert not near.messages
+
+    @pytest.mark.parametrize("place", [3, 39, 300_123, 1_200_000])
+    def test_a_flipped_byte_is_seen_and_its_chunk_sent_again(self, place: int) -> None:
+        with pair() as (front, near, proxy):
+            proxy.flips = [proxy.forwarded + place]
+            front.send({"value": noise(2 * MIB, place)}, to="near")
+            assert same(near.next().body["value"], noise(2 * MIB, place))
+            assert not proxy.flips
+            assert hub_of(front).statistics()["connections"] == 2
+
+    def test_a_network_that_only_damages_ends_the_link_by_name(self) -> None:
+        with pair() as (front, _, proxy):
+            proxy.flips = list(range(proxy.forwarded + 1000, proxy.forwarded + (64 << 20), 70_000))
+            with suppress(PeerGone):
+                front.send({"value": noise(2 * MIB)}, to="near")
+            with pytest.raises(PeerGone, match="near.*nothing but damage"):
+                until_it_fails(partial(pump_and_send, front, {}))
+
+    def test_a_network_that_stands_still_is_slow_and_loses_nothing(self) -> None:
+        with pair() as (front, near, proxy):
+            proxy.stalled.set()
+            with pytest.raises(Full, match="near"):
+                repeated(partial(front.send, {"value": noise(MIB, 1)}, to="near", timeout=0.2))
+            count = front.statistics()["sent"]["messages"] - 1  # without the one that warmed it up
+            front.send({"small": True}, to="near", timeout=1.0)  # has a way of its own
+            assert near.next().body == {"small": True}
+            proxy.stalled.clear()
+            assert all(same(near.next().body["value"], noise(MIB, 1)) for _ in range(count - 1))
+
+    def test_a_connection_that_cannot_be_made_again_ends_the_link_in_time(self) -> None:
+        with pair(tcp_timeout=1.0) as (front, near, proxy):
+            proxy.closed.set()
+            proxy.cut()
+            with pytest.raises(PeerGone, match="near.*the bulk connection is lost for 1 s"):
+                until_it_fails(partial(pump_and_send, front, {"value": noise(100_000)}))
+            near.stop()
+            with pytest.raises(PeerGone, match="the bulk connection is lost"):
+                near.endpoint.receive(timeout=WAIT)
+            # Nothing has to be started again: the next link has a connection of its own.
+            proxy.closed.clear()
+            thread = threading.Thread(target=near.endpoint.connect, args=(front.addresses[0],))
+            thread.start()
+            front.wait_for_peers({"near"}, timeout=WAIT)
+            thread.join()
+            again = Pumped(near.endpoint)
+            front.send({"value": noise(MIB)}, to="near")
+            assert same(again.next().body["value"], noise(MIB))
+            again.stop()
+
+    def test_auto_goes_by_frames_where_no_bulk_connection_can_be_made(self) -> None:
+        options = {"backend": "auto", "handshake_timeout": 1.0}
+        with transport.listen(ADDRESS, config=config(**options)) as front, proxied(front) as proxy:
+            proxy.closed.set()
+            with elsewhere(front, "far", options):
+                front.send({"do": "echo", "value": noise(300_000)}, to="far")
+                assert same(front.receive().body["value"], noise(300_000))
+                (far,) = front.peers
+                assert far.backend.startswith("frames; not shm: ")
+                assert "not tcp" in far.backend
+
+
+def used(endpoint: transport.Endpoint) -> int:
+    """The bytes of an endpoint's ring that are taken."""
+    figures = outbound_of(endpoint).ring.statistics()["ring"]
+    assert isinstance(figures, shm.RingStatistics)
+    return figures.used
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what must come true before long."""
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def until_it_fails(call: Callable[[], object]) -> None:
+    """Call until it raises, which it must before long."""
+    deadline = time.monotonic() + WAIT
+    while time.monotonic() < deadline:
+        call()
+        time.sleep(0.01)
+
+
+def pump_and_send(endpoint: transport.Endpoint, body: Any) -> None:
+    with suppress(Full):
+        endpoint.send(body, to="near", timeout=0.1)
+
+
+@contextmanager
+def elsewhere(front: transport.Endpoint, name: str, options: dict[str, Any]) -> Iterator[None]:
+    """A peer with another /dev/shm, as on another host."""
+    fields = dataclasses.asdict(config(**options))
+    with running(serve_elsewhere, front.addresses[-1], name, fields) as process:
+        front.wait_for_peers({name}, timeout=WAIT)
+        yield
+        front.send({"do": "stop"}, to=name)
+        process.join(WAIT)
+
+
+def serve_elsewhere(address: str, name: str, fields: dict[str, Any]) -> None:
+    assert leaks.own_shared_memory()
+    serve(address, name, fields)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="another /dev/shm needs root")
+
+
+class TestAuto:
+    @needs_root
+    def test_tcp_where_memory_is_not_shared_and_shm_where_it_is(self) -> None:
+        options = {"backend": "auto"}
+        fields = dataclasses.asdict(config(**options))
+        with (
+            transport.listen(ADDRESS, config=config(**options)) as front,
+            elsewhere(front, "far", options),
+            serving(front, "here", fields),
+        ):
+            front.send({"do": "sum", "value": noise(MIB)}, to=["far", "here"])
+            assert {front.receive().sender for _ in range(2)} == {"far", "here"}
+            backends = {peer.name: peer.backend for peer in front.peers}
+            assert backends["here"] == "shm: the peer proved that it maps the ring"
+            assert backends["far"].startswith("tcp: a bulk connection at 127.0.0.1; not shm: ")
+            sent = front.statistics()["backend"]["nbytes"]
+            assert (sent["tcp"], sent["shm"]) == (MIB, MIB)
+            # The bytes are in the ring once, for both.
+            assert front.statistics()["backend"]["shm"]["ring"].records == 1
+            for value in (noise(100), noise(3 * MIB)):
+                front.send({"do": "echo", "value": value}, to="far")
+                assert same(front.receive().body["value"], value)
+
+    @needs_root
+    def test_what_has_landed_is_handed_on_out_of_the_ring_without_a_copy(self) -> None:
+        options = {"backend": "auto"}
+        fields = dataclasses.asdict(config(**options))
+        with (
+            transport.listen(ADDRESS, config=config(**options)) as front,
+            elsewhere(front, "far", options),
+            serving(front, "here", fields),
+        ):
+            front.send({"do": "echo", "value": noise(MIB)}, to="far")
+            message = front.receive()
+            records = front.statistics()["backend"]["shm"]["ring"].records
+            message.body["do"] = "sum"
+            front.send(message.body, to="here")
+            front.receive()
+            assert front.statistics()["backend"]["shm"]["ring"].records == records
+            assert front.statistics()["backend"]["nbytes"]["shm"] == MIB
+
+
+class TestLimits:
+    def test_a_peer_that_does_not_receive_bounds_both_sides_and_is_named(self) -> None:
+        with pair(tcp_window=2 * MIB, inline_below=0) as (front, near, _):
+            near.stop()
+            with pytest.raises(Full, match="near says: .* were granted and not taken") as caught:
+                repeated(partial(front.send, {"value": noise(500_000)}, to="near", timeout=0.3))
+            assert list(caught.value.failed) == ["near"]
+            assert used(near.endpoint) <= 2 * MIB
+            assert used(front) <= front.config.ring_bytes * front.config.peer_share
+
+    def test_leases_held_bound_what_lands_and_others_go_on(self) -> None:
+        with pair() as (front, near, _), joined(front, "other", config()) as third:
+            sent: list[int] = []
+
+            def one_more() -> None:
+                front.send({"value": noise(500_000, len(sent))}, to="near", timeout=0.5)
+                sent.append(len(sent))
+
+            with pytest.raises(Full, match=r"near says: a peer's share of the ring .* beside it"):
+                repeated(one_more)
+            other = Pumped(third)
+            front.send({"value": noise(MIB)}, to="other")
+            assert same(other.next().body["value"], noise(MIB))
+            other.stop()
+            for number in sent:
+                assert same(near.next().body["value"], noise(500_000, number))
+            front.send({"value": noise(MIB)}, to="near")
+            assert same(near.next().body["value"], noise(MIB))
+
+    def test_two_that_only_send_get_full_and_then_everything(self) -> None:
+        with pair() as (front, near, _):
+            near.stop()
+            counts = dict.fromkeys(("front", "near"), 0)
+
+            def fill(sender: transport.Endpoint) -> None:
+                with suppress(Full):
+                    while True:
+                        sender.send({"value": noise(700_000)}, timeout=0.5)
+                        counts[sender.name] += 1
+
+            threads = [threading.Thread(target=fill, args=(end,)) for end in (front, near.endpoint)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert min(counts.values()) > 0
+            ends = {"near": Pumped(front), "front": Pumped(near.endpoint)}
+            for sender, end in ends.items():
+                for _ in range(counts[sender]):
+                    assert same(end.next().body["value"], noise(700_000))
+                end.stop()
+
+    def test_without_a_ring_it_goes_beside_it(self) -> None:
+        huge = {"ring_bytes": 1 << 46}
+        with (
+            transport.listen(ADDRESS, config=config(**huge)) as front,
+            joined(front, "near", config(**huge)) as endpoint,
+        ):
+            near = Pumped(endpoint)
+            for seed, nbytes in enumerate((300_000, 3 * MIB)):
+                front.send({"value": noise(nbytes, seed)}, to="near")
+                assert same(near.next().body["value"], noise(nbytes, seed))
+            near.stop()
+
+    def test_small_messages_overtake_and_large_ones_keep_their_order(self) -> None:
+        with pair() as (front, near, proxy):
+            proxy.stalled.set()
+            for number in range(3):
+                front.send({"n": number, "value": noise(300_000, number)}, to="near")
+                front.send({"small": number}, to="near")
+            assert [near.next().body["small"] for _ in range(3)] == [0, 1, 2]
+            proxy.stalled.clear()
+            for number in range(3):
+                body = near.next().body
+                assert body["n"] == number
+                assert same(body["value"], noise(300_000, number))
+
+
+class TestStrangers:
+    """Whoever reaches the port of the bulk connections, and does not know the secret."""
+
+    def test_a_stranger_gets_nothing_and_disturbs_nobody(self) -> None:
+        with pair(handshake_timeout=1.0) as (front, near, _):
+            port = hub_of(front)._config.tcp_port
+            link = next(iter(hub_of(front)._ways))
+            hello = b"tfbulk01" + link.to_bytes(8, "little")
+            for greeting in (
+                b"x" * 32,
+                hello + secrets.token_bytes(16),
+                bytes(32),
+                b"GET / HTTP/1.1\r\n" * 9,
+            ):
+                with socket.create_connection(("127.0.0.1", port), timeout=WAIT) as stranger:
+                    stranger.sendall(greeting)
+                    assert closed(stranger)
+            silent = [socket.create_connection(("127.0.0.1", port), timeout=WAIT) for _ in range(50)]
+            front.send({"value": noise(MIB)}, to="near")
+            assert same(near.next().body["value"], noise(MIB))
+            for stranger in silent:
+                assert closed(stranger)  # in time, and those that are too many at once
+                stranger.close()
+
+    def test_terms_that_lead_elsewhere_are_refused(self) -> None:
+        inbound = TcpInbound(config())
+        accepted = Peer(7, "stranger", 1, "tcp://127.0.0.1:29550")
+        offer = TcpOutbound(config())
+        try:
+            terms = offer.offer(Peer(7, "front", 1, "tcp://127.0.0.1:1"))
+            answer = inbound.accept(accepted, terms, "me")
+            assert "who made the link" in str(answer)
+        finally:
+            offer.close()
+            inbound.close()
+
+
+def closed(stranger: socket.socket) -> bool:
+    try:
+        return stranger.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+class TestProcesses:
+    def test_a_forked_child_keeps_no_bulk_connection(self) -> None:
+        with pair() as (front, _, _):
+            hub = hub_of(front)
+            child = os.fork()
+            if not child:
+                kept = [c.socket.fileno() for _, c in hub._connected.values()]
+                os._exit(0 if hub._epoll is None and set(kept) == {-1} else 1)
+            assert os.waitpid(child, 0)[1] == 0
+
+    def test_a_peer_that_comes_back_under_its_name_is_sent_to(self) -> None:
+        fields = dataclasses.asdict(config())
+        with transport.listen(ADDRESS, config=config()) as front:
+            for seed in range(2):
+                with running(serve, front.addresses[-1], "peer", fields) as process:
+                    front.wait_for_peers({"peer"}, timeout=WAIT)
+                    front.send({"do": "hold", "value": noise(MIB, seed)}, to="peer")
+                    front.send({"do": "held"}, to="peer")
+                    front.receive()
+                    process.kill()
+                with pytest.raises(PeerGone, match="peer"):
+                    until_it_fails(partial(front.send, {}, to="peer"))
+            until(lambda: used(front) == 0)
+        shm.sweep()
+
+
+def test_a_view_of_what_landed_is_read_only_and_outlives_the_link() -> None:
+    with pair() as (front, near, _):
+        front.send({"value": np.arange(100_000)}, to="near")
+        value = near.next().body["value"]
+    assert np.array_equal(value, np.arange(100_000))
+    with pytest.raises(ValueError, match="read-only"):
+        value[0] = 1
