@@ -1,0 +1,79 @@
+"""What the processes of a test do on their hosts: they come from the fork server and enter namespaces."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+import transport
+from transport import TransportConfig
+from transport.conformance import WAIT, digest, noise, serve
+
+MIB = 1 << 20
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def enter(pid: int) -> None:
+    """Be on the host whose namespaces that process holds."""
+    spaces = [os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for kind in ("net", "ipc", "uts", "mnt")]
+    for space in spaces:
+        if _libc.setns(space, 0):
+            raise OSError(ctypes.get_errno(), f"process {os.getpid()} cannot enter a namespace of {pid}")
+        os.close(space)
+
+
+def _fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"insecure": True, "ring_bytes": 64 * MIB, "timeout": WAIT, **options}
+
+
+def peer(pid: int, address: str, name: str, options: Mapping[str, Any]) -> None:
+    """Answer what comes, as the conformance suite's peers do."""
+    enter(pid)
+    serve(address, name, _fields(options))
+
+
+def front(
+    pid: int, told: Connection, address: str, options: Mapping[str, Any], count: int, nbytes: int
+) -> None:
+    """Send `count` messages of `nbytes`, all at once, and a small one after them; tell what was answered."""
+    enter(pid)
+    with transport.listen(address, config=TransportConfig(**_fields(options))) as endpoint:
+        endpoint.wait_for_peers({"far"}, timeout=WAIT)
+        first = noise(200_000)
+        endpoint.send({"do": "sum", "value": first}, to="far")  # so that the ways are found
+        assert endpoint.receive().body == digest(first)
+        told.send({"backend": endpoint.peers[0].backend})
+        try:
+            told.send(_ask(endpoint, count, nbytes))
+        except transport.PeerGone as error:
+            told.send({"gone": str(error)})
+            return
+        endpoint.send({"do": "stop"}, to="far")
+
+
+def _ask(endpoint: transport.Endpoint, count: int, nbytes: int) -> dict[str, Any]:
+    values = [noise(nbytes, seed) for seed in range(count)]
+    for value in values:
+        endpoint.send({"do": "sum", "value": value}, to="far")
+    began = time.monotonic()
+    endpoint.send({"do": "echo", "value": "small"}, to="far")
+    answers: list[int] = []
+    before, seconds = -1, 0.0
+    while len(answers) < count or before < 0:
+        body = endpoint.receive().body
+        if isinstance(body, dict):
+            before, seconds = len(answers), time.monotonic() - began
+        else:
+            answers.append(body)
+    statistics = endpoint.statistics()["backend"]
+    return {
+        "right": answers == [digest(value) for value in values],
+        "before": before,
+        "seconds": seconds,
+        "nbytes": statistics["nbytes"],
+        "connections": statistics["tcp"]["bulk"]["connections"],
+    }

@@ -1,0 +1,83 @@
+"""Tensors between two hosts: which way they take; a pulled cable, a narrow one, a host that is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+
+from tests.hosts import scenes
+from tests.hosts.namespaces import Host, two_hosts
+from tests.hosts.scenes import MIB
+from transport.conformance import WAIT, running
+
+pytestmark = pytest.mark.netns
+
+
+@contextmanager
+def scene(head: Host, far: Host, *, count: int, nbytes: int, **options: object) -> Iterator[Connection]:
+    """The front on one host, which tells what it sees, and a peer on the other."""
+    address = f"tcp://{head.address}:29550"
+    here, there = Pipe(duplex=False)
+    with (
+        here,
+        there,
+        running(scenes.front, head.pid, there, address, options, count, nbytes),
+        running(scenes.peer, far.pid, address, "far", options),
+    ):
+        yield here
+
+
+def told(front: Connection) -> dict[str, Any]:
+    assert front.poll(2 * WAIT), "the front says nothing"
+    said: dict[str, Any] = front.recv()
+    return said
+
+
+@pytest.mark.parametrize("one_network", [False, True])
+def test_tcp_where_memory_is_not_shared_whatever_the_hosts_are_called(one_network: bool) -> None:
+    """Two machines of one name; and containers of one host, which share its network alone."""
+    with (
+        two_hosts(one_network=one_network, names=("same", "same")) as (head, far),
+        scene(head, far, count=4, nbytes=4 * MIB) as front,
+    ):
+        way = f"tcp: a bulk connection at {head.address}; not shm: "
+        assert told(front)["backend"].startswith(way)
+        outcome = told(front)
+        assert outcome["right"]
+        assert outcome["nbytes"].keys() == {"tcp"}
+
+
+@pytest.mark.parametrize("seconds", [1, pytest.param(10, marks=pytest.mark.stress)])
+def test_a_pulled_cable_only_delays(seconds: int) -> None:
+    with two_hosts() as (head, far), scene(head, far, count=8, nbytes=4 * MIB) as front:
+        told(front)
+        far.done(["sh", "-c", f"ip link set {far.interface} down; sleep {seconds}"])
+        far.cable("up")
+        outcome = told(front)
+        assert outcome["right"]
+        assert outcome["nbytes"].keys() == {"tcp"}
+
+
+def test_a_narrow_cable_lets_small_messages_pass_large_ones() -> None:
+    with two_hosts() as (head, far):
+        limit = "root tbf rate 100mbit burst 64kb latency 200ms"
+        head.done(["tc", "qdisc", "add", "dev", head.interface, *limit.split()])
+        with scene(head, far, count=3, nbytes=3 * MIB) as front:
+            told(front)
+            outcome = told(front)
+            assert outcome["right"]
+            assert outcome["before"] < 3
+
+
+def test_a_host_that_is_gone_ends_the_link_in_time() -> None:
+    with two_hosts() as (head, far), scene(head, far, count=40, nbytes=4 * MIB, tcp_timeout=1.0) as front:
+        told(front)
+        far.cable("down")
+        gone = told(front)["gone"]
+        assert "far" in gone
+        assert "bulk connection" in gone
