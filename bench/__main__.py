@@ -25,6 +25,7 @@ from bench import (
     ring,
     scale,
     table,
+    tcp,
     tensor_parallel,
 )
 from bench.harness import Result, Row, run
@@ -39,6 +40,7 @@ BENCHMARKS = {
     "table": table.BENCHMARK,
     "latency": latency.BENCHMARK,
     "scale": scale.BENCHMARK,
+    "tcp": tcp.BENCHMARK,
 }
 
 _OLD = click.Path(exists=True, dir_okay=False, path_type=Path)

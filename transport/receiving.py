@@ -136,13 +136,8 @@ class Receiver:
 
         Those whose bytes come by themselves are taken in the order of their link; others overtake them.
         """
-        if not self.queue:
-            return None
-        first = self.queue[0]
-        if not self._comes_later(first[1]) or self._is_ready(first):
-            return first
         late: set[Link] = set()
-        for waiting in list(self.queue):
+        for waiting in list(self.queue):  # others append to it meanwhile
             link, message, _ = waiting
             if not self._comes_later(message):
                 return waiting

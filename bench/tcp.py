@@ -1,0 +1,276 @@
+"""Tensors between two hosts: bulk connections and zmq frames beside plain sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import transport
+from bench import payload
+from bench.harness import Result, Row, number, numbers
+from bench.hosts import GIB, MIB, RING_BYTES, WINDOW, far_end, near_end
+from bench.part import Json, Report, WrongAnswerError
+from bench.report import FAILED, Benchmark, Grid, figure
+
+WAYS = ("tcp", "loan", "frames", "tcp keys", "frames keys")
+NETWORKS = ("loopback", "veth")
+# Size → timed messages of each kind in a round.
+SIZES = {MIB: 20, 16 * MIB: 8, 64 * MIB: 4, 256 * MIB: 2}
+WARM = 2
+AHEAD = 4
+AIM, CONTROL_AIM = 1.25, 5.0
+
+METHOD = f"""\
+Near sends a body with one int64 tensor, far checks its stamp, drops it and answers. In each process
+pair and for each size these take turns in random order: the floor (the same bytes by sendall into one
+plain TCP connection, recv_into a pre-faulted buffer at far, one byte back) and one message by the
+column's way; {AHEAD} of each sent before the first answer is waited for. tcp copies the tensor into near's
+ring and lands it in far's; with "loan" it lies in near's ring already; frames are zmq frames over tcp;
+"keys" with CURVE and, for tcp, TLS with pinned certificates. Rings are {RING_BYTES // GIB} GiB, the window is
+{WINDOW // MIB} MiB. {WARM} untimed messages of each size go first, whose every byte is checked. veth: each
+end in a network namespace with its own /dev/shm. "control": round trips of a message without a tensor, idle
+and while another thread sends 1 GiB. "memory": what both sides take, beyond idle, while 2 GiB are sent as
+fast as they go to a far end that takes them one by one. Figures: median [lowest..highest round];
+ratios are taken within the pair."""
+
+
+class Turn(NamedTuple):
+    """So many messages of one size by floor or column, ahead of the first answer; `checked`: not timed."""
+
+    nbytes: int
+    kind: str
+    ahead: int
+    checked: bool = False
+
+
+def _schedule() -> list[Turn]:
+    """The turns of all sizes, in an order that both ends know."""
+    turns: list[Turn] = []
+    for nbytes, messages in SIZES.items():
+        turns += [Turn(nbytes, "column", 1, checked=True)] * WARM
+        draw = random.Random(nbytes)
+        for _ in range(messages):
+            kinds = [Turn(nbytes, kind, ahead) for kind in ("floor", "column") for ahead in (1, AHEAD)]
+            turns += draw.sample(kinds, len(kinds))
+    return turns
+
+
+def near(folder: Path, *, way: str, network: str) -> Report:
+    """The sending end: seconds of every turn, by kind, number and size."""
+    times: dict[str, list[float]] = {}
+    source: payload.Words = np.empty(max(SIZES) // 8, np.int64)
+    payload.fill(source, 1)
+    sent = 0
+    with near_end(folder, way, network) as (endpoint, floor):
+        for turn in _schedule():
+            words = source[: turn.nbytes // 8]
+            if turn.kind == "floor":
+                seconds = _by_floor(floor, words, turn.ahead)
+            else:
+                seconds = _by_column(endpoint, words, sent, turn, lent=way == "loan")
+                sent += turn.ahead
+            if not turn.checked:
+                times.setdefault(_key(turn.kind, turn.ahead, turn.nbytes), []).append(seconds)
+    return Report(values=dict(times), expected=sent)
+
+
+def _key(kind: str, ahead: int, nbytes: int) -> str:
+    return f"{kind} {ahead} {nbytes}"
+
+
+def _by_floor(floor: socket.socket, source: payload.Words, ahead: int) -> float:
+    start = time.perf_counter()
+    for _ in range(ahead):
+        floor.sendall(source.data.cast("B"))
+    for _ in range(ahead):
+        if floor.recv(1) != b"x":
+            raise WrongAnswerError("the floor's far end is gone")
+    return time.perf_counter() - start
+
+
+def _by_column(
+    endpoint: transport.Endpoint,
+    source: payload.Words,
+    first: int,
+    turn: Turn,
+    *,
+    lent: bool,
+) -> float:
+    tensor = torch.from_numpy(source)
+    seconds = 0.0
+    for message in range(first, first + turn.ahead):
+        payload.stamp(source, message)
+        crc = payload.checksum(source) if turn.checked else -1
+        with endpoint.loan(tensor.shape, torch.int64) if lent else contextlib.nullcontext(tensor) as place:
+            if lent:
+                np.copyto(place.numpy(), source)
+            start = time.perf_counter()
+            endpoint.send({"n": message, "crc": crc, "data": place})
+            seconds += time.perf_counter() - start
+        del place
+    start = time.perf_counter()
+    for message in range(first, first + turn.ahead):
+        if endpoint.receive().body != message:
+            raise WrongAnswerError(f"message {message} was answered as another")
+    return seconds + time.perf_counter() - start
+
+
+def far(folder: Path, *, way: str, network: str) -> Report:
+    """The receiving end: takes, checks and answers every turn."""
+    verified = 0
+    buffer = memoryview(bytearray(max(SIZES)))
+    with far_end(folder, way, network) as (endpoint, floor):
+        for turn in _schedule():
+            for _ in range(turn.ahead):
+                if turn.kind == "floor":
+                    _take_floor(floor, buffer[: turn.nbytes])
+                else:
+                    _take_column(endpoint, verified, turn.nbytes)
+                    verified += 1
+        _check_way(endpoint, way)
+        endpoint.close()
+    return Report(verified=verified)
+
+
+def _take_floor(floor: socket.socket, buffer: memoryview) -> None:
+    filled = 0
+    while filled < buffer.nbytes:
+        came = floor.recv_into(buffer[filled:])
+        if not came:
+            raise WrongAnswerError("the floor's near end is gone")
+        filled += came
+    floor.sendall(b"x")
+
+
+def _take_column(endpoint: transport.Endpoint, message: int, nbytes: int) -> None:
+    body = endpoint.receive().body
+    words = body["data"].numpy()
+    if body["n"] != message or words.nbytes != nbytes:
+        raise WrongAnswerError(f"message {message} came as {body['n']}, {words.nbytes} bytes")
+    payload.check_stamp(words, message)
+    if body["crc"] >= 0:
+        payload.check(words, message, body["crc"])
+    del words, body
+    endpoint.send(message)
+
+
+def _check_way(endpoint: transport.Endpoint, way: str) -> None:
+    received = endpoint.statistics()["received"]
+    wanted = "bytes frames" if way.startswith("frames") else "bytes tcp"
+    if received.get("parts") or not received.get(wanted):
+        raise WrongAnswerError(f"not everything came whole by {way}: {dict(received)}")
+
+
+# ------------------------------------------------------------------------------------ tables
+
+
+def _rows(quick: bool) -> list[Row]:
+    networks = NETWORKS[:1] if quick else NETWORKS
+    rows = [_row("bench.tcp:", way, network, _name(network, way)) for network in networks for way in WAYS]
+    rows += [
+        _row("bench.underway:control_", way, network, f"control {network} {way}")
+        for network in networks
+        for way in ("tcp", "frames")
+    ]
+    rows += [_row("bench.underway:memory_", way, "loopback", f"memory {way}") for way in ("tcp", "frames")]
+    return rows
+
+
+def _row(function: str, way: str, network: str, name: str) -> Row:
+    parts = {end: f"{function}{end}" for end in ("near", "far")}
+    arguments: dict[str, Json] = {"way": way, "network": network}
+    return Row(name=name, parts=parts, arguments=arguments, sample_memory="memory" in function, limit=240.0)
+
+
+def _name(network: str, way: str) -> str:
+    return f"{network} {way}"
+
+
+def _median(kind: str) -> Callable[[Mapping[str, Json]], float]:
+    return lambda values: statistics.median(numbers(values[kind]))
+
+
+def _ratio(kind: str, to: str) -> Callable[[Mapping[str, Json]], float]:
+    return lambda values: _median(kind)(values) / _median(to)(values)
+
+
+def _cell(result: Result, measure: Callable[[Mapping[str, Json]], float]) -> str:
+    return FAILED if result.failure is not None else figure(result.spread(measure))
+
+
+def _rate(kind: str, nbytes: int) -> Callable[[Mapping[str, Json]], float]:
+    return lambda values: nbytes / _median(kind)(values) / 1e9
+
+
+def _show(results: Sequence[Result]) -> list[Grid]:
+    by_name = {result.row.name: result for result in results}
+    networks = [network for network in NETWORKS if _name(network, "tcp") in by_name]
+    grids = [_throughput(by_name, network, ahead) for network in networks for ahead in (1, AHEAD)]
+    return [*grids, _control(results), _memory(results)]
+
+
+def _throughput(by_name: Mapping[str, Result], network: str, ahead: int) -> Grid:
+    rows = []
+    of = [by_name[_name(network, way)] for way in WAYS]
+    for nbytes in SIZES:
+        floor, column = _key("floor", ahead, nbytes), _key("column", ahead, nbytes)
+        total, size = nbytes * ahead, f"{nbytes // MIB} MiB"
+        rates = [_cell(result, _rate(column, total)) for result in of]
+        rows.append([size, _cell(of[0], _rate(floor, total)), *rates])
+        rows.append([f"{size}, x floor", "1", *(_cell(result, _ratio(column, floor)) for result in of)])
+    what = "one at a time" if ahead == 1 else f"{ahead} at a time"
+    note = f"aim: tcp within {AIM}x of the floor from 16 MiB on."
+    columns = ["", "floor", *WAYS]
+    return Grid(title=f"{network}, {what}: GB/s", columns=columns, rows=rows, notes=[note])
+
+
+def _control(results: Sequence[Result]) -> Grid:
+    rows = [
+        [
+            result.row.name,
+            _cell(result, _median("idle")),
+            _cell(result, _median("loaded")),
+            _cell(result, _ratio("loaded", "idle")),
+        ]
+        for result in results
+        if result.row.name.startswith("control")
+    ]
+    note = f"aim: within {CONTROL_AIM}x of idle."
+    columns = ["", "idle", "while 1 GiB goes", "ratio"]
+    return Grid(title="round trip of a small message, µs", columns=columns, rows=rows, notes=[note])
+
+
+def _peak(values: Mapping[str, Json]) -> float:
+    memory = values["memory"]
+    assert isinstance(memory, Mapping)
+    listed = memory["samples"]
+    assert isinstance(listed, Sequence)
+    samples = np.array([numbers(row) for row in listed])
+    total = samples[:, 1:].sum(axis=1) / MIB
+    idle = (samples[:, 0] >= number(values["idle_from"])) & (samples[:, 0] <= number(values["idle_to"]))
+    return float(total[samples[:, 0] > number(values["idle_to"])].max() - total[idle].mean())
+
+
+def _memory(results: Sequence[Result]) -> Grid:
+    rows = [
+        [result.row.name, _cell(result, _peak)] for result in results if result.row.name.startswith("memory")
+    ]
+    note = f"near's ring may hold a peer's share ({RING_BYTES // MIB // 2} MiB), far's the window and leases."
+    return Grid(title="memory of both sides beyond idle, MiB", columns=["", "peak"], rows=rows, notes=[note])
+
+
+BENCHMARK = Benchmark(
+    title="tensors between two hosts, 1 to 256 MiB: plain sockets, tcp, loan, frames, with and without keys",
+    method=METHOD,
+    rows=_rows,
+    show=_show,
+)
