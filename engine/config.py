@@ -160,6 +160,12 @@ class EngineConfig(Settings):
         minimum=0.001,
         help="How long a prompt may take from sending to its answer.",
     )
+    tcp_port: int = option(
+        0,
+        minimum=0,
+        maximum=65535,
+        help="Port for the bytes of tensors beside the messages over TCP, on who listens; 0: any.",
+    )
     curve_key: str = option(
         "",
         help="File of this side's key pair (`tensorferry keys`): links over TCP are encrypted then.",
