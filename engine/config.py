@@ -166,16 +166,16 @@ class EngineConfig(Settings):
         maximum=65535,
         help="Port for the bytes of tensors beside the messages over TCP, on who listens; 0: any.",
     )
-    curve_key: str = option(
-        "",
+    curve_key: str | None = option(
+        None,
         help="File of this side's key pair (`tensorferry keys`): links over TCP are encrypted then.",
     )
-    curve_server: str = option(
-        "",
+    curve_server: str | None = option(
+        None,
         help="File of the public key of who listens, for who connects to it.",
     )
-    curve_clients: str = option(
-        "",
+    curve_clients: str | None = option(
+        None,
         help="Folder of the public keys of who may connect.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = option(

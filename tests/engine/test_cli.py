@@ -128,7 +128,7 @@ class TestUsage:
         ("arguments", "said"),
         [
             (["run", "--shm-ring", "2"], "--shm-ring-gb"),
-            (["run", "--tensor-transport", "smh"], "must be one of auto, shm, frames, inline"),
+            (["run", "--tensor-transport", "smh"], "must be one of auto, shm, tcp, frames, inline"),
             (["run", "--prompts", "many"], "prompts = 'many' (flag --prompts): must be a whole number"),
             (["run", "--config", "nowhere.toml"], "file 'nowhere.toml' can't be read: No such file"),
             (["run", "--json"], "requires an argument"),
