@@ -144,16 +144,21 @@ def _worker(by_name: Mapping[str, Result]) -> Grid:
     alone, rows = by_name["model alone"], []
     for name in ("tensorferry", "pickle"):
         result = by_name[f"worker {name}"]
-        cells = [_cell(result, lambda values: device_worker.IMAGES / _median("seconds")(values))]
+        cells = [_cell(result, _speed)]
         if alone.failure is None and result.failure is None:
             busy = alone.spread(_median("seconds")).median
             cells.append(f"{1 - busy / result.spread(_median('seconds')).median:.0%}")
         else:
             cells.append(FAILED)
         rows.append([name, *cells, _cell(result, _memory)])
-    rows.append(["model alone", _cell(alone, lambda v: device_worker.IMAGES / _median("seconds")(v)), "", ""])
+    rows.append(["model alone", _cell(alone, _speed), *[FAILED if alone.failure is not None else ""] * 2])
     title = f"gpu: {device_worker.IMAGES} images of 16 MiB through worker and model"
     return Grid(title=title, columns=["", "images/s", "GPU idle", "memory, MiB"], rows=rows)
+
+
+def _speed(values: Mapping[str, Json]) -> float:
+    """Images a second."""
+    return device_worker.IMAGES / _median("seconds")(values)
 
 
 def _memory(values: Mapping[str, Json]) -> float:

@@ -29,7 +29,9 @@ SMALL: Mapping[str, Mapping[str, Json]] = {
     "table": {"layout": "8x4", "image": 64 * KIB},
     "latency": {"plan": [[4 * KIB, 3], [MIB, 2]]},
     "scale": {"messages": 3},
+    "gpu": {"sizes": [MIB], "times": 3, "messages": 3, "prompts": 1},
 }
+RUN = [pytest.param(name, marks=pytest.mark.gpu) if name == "gpu" else name for name in BENCHMARKS]
 # What the other ways have in common with one of these need not be tried each time.
 TRIED: Mapping[str, set[str]] = {
     "table": {"loan", "segment", "torch fd"},
@@ -44,10 +46,17 @@ def small(name: str) -> list[Row]:
         column = str(row.arguments.get("column", row.parts.get("near")))
         if column in TRIED.get(name, {column}):
             rows.setdefault(column, row)
-    return [dataclasses.replace(row, arguments={**row.arguments, **SMALL[name]}) for row in rows.values()]
+    return [
+        dataclasses.replace(row, arguments={**row.arguments, **smaller(name, row)}) for row in rows.values()
+    ]
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+def smaller(name: str, row: Row) -> dict[str, Json]:
+    """What to change; the rows of `gpu` have different arguments, of which each takes its own."""
+    return {key: value for key, value in SMALL[name].items() if name != "gpu" or key in row.arguments}
+
+
+@pytest.mark.parametrize("name", RUN)
 def test_rows_run_and_every_answer_is_checked(name: str) -> None:
     rows = small(name)
     if name in ("channel", "memory"):
