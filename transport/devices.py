@@ -61,8 +61,10 @@ def to_host(destination: Bytes, source: torch.Tensor, after: torch.cuda.Event) -
     stream = copies_to_host(index)
     stream.wait_event(after)
     host = _address(destination)
-    _queue(index, host, source.data_ptr(), pieces(host, destination.nbytes), stream)
-    _behind(stream).synchronize()
+    try:
+        _queue(index, host, source.data_ptr(), pieces(host, destination.nbytes), stream)
+    finally:  # interrupted or not: whoever gets the destination next must not find the device writing there
+        _behind(stream).synchronize()
 
 
 def copy_out(address: int, source: torch.Tensor, after: torch.cuda.Event) -> None:
@@ -70,8 +72,10 @@ def copy_out(address: int, source: torch.Tensor, after: torch.cuda.Event) -> Non
     index = source.device.index
     stream = copies_to_host(index)
     stream.wait_event(after)
-    _queue(index, address, source.data_ptr(), [(0, source.nbytes)], stream)
-    _behind(stream).synchronize()
+    try:
+        _queue(index, address, source.data_ptr(), [(0, source.nbytes)], stream)
+    finally:  # as in `to_host`
+        _behind(stream).synchronize()
 
 
 def copy_in(
