@@ -43,10 +43,14 @@ class Finding:
 @options(EngineConfig)
 @click.option("--config", "config_file", type=Path, metavar="FILE", help="Options as TOML; flags go first.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(config_file: Path | None, as_json: bool, **flags: Any) -> int:
+@click.option(
+    "--vllm", is_flag=True, help="Look also at vLLM: the plugin, what it hooks, what goes which way."
+)
+def doctor(config_file: Path | None, as_json: bool, vllm: bool, **flags: Any) -> int:
     """Look whether this machine suits a run with these options; exit code 1 when something is a problem."""
     config = EngineConfig.load(flags, environ=os.environ, file=config_file)
-    findings = [finding for look in _LOOKS for finding in look(config)]
+    looks = (*_LOOKS, _vllm) if vllm else _LOOKS
+    findings = [finding for look in looks for finding in look(config)]
     problems = sum(finding.status == "problem" for finding in findings)
     if as_json:
         lines = [dataclasses.asdict(finding) for finding in findings]
@@ -237,6 +241,12 @@ def _leftovers(_config: EngineConfig) -> Iterator[Finding]:
         yield Finding("segments", "note", text, "tensorferry sweep (the next start with a ring does it, too)")
     else:
         yield Finding("segments", "ok", "none of dead processes")
+
+
+def _vllm(_config: EngineConfig) -> Iterator[Finding]:
+    from engine.vllm import check
+
+    yield from (Finding(*line) for line in check.lines())
 
 
 _LOOKS: tuple[Callable[[EngineConfig], Iterator[Finding]], ...] = (

@@ -45,7 +45,10 @@ RANKS: dict[str, list[set[str]]] = {
     ],
     "engine": [
         {"console", "errors", "images", "options", "parallel", "segments", "signals"},
-        {"config", "keys", "loading", "model", "ps", "results", "staging", "sweep", "top"},
+        {"config", "keys", "loading", "model", "ps", "results", "staging", "sweep", "top", "vllm.settings"},
+        {"vllm.counts", "vllm.mailbox"},
+        {"vllm.check", "vllm.roles"},
+        {"vllm_plugin"},
         {"doctor", "environment", "huggingface", "output", "protocol", "report"},
         {"catalog"},
         {"job", "launch", "worker"},
@@ -81,6 +84,8 @@ MORE_LIBRARIES = {
     "engine.cluster": {"ray"},  # an optional extra, imported when it is asked for
     "engine.doctor": {"zmq"},  # its version, and that of the library in it
     "engine.huggingface": {"transformers"},
+    "engine.vllm.counts": {"prometheus_client"},  # where vLLM is, it is
+    "engine.vllm_plugin": {"vllm", "zmq"},
     "shm.columns": {"numpy"},
     "shm.ledger": {"numpy"},
     "shm.reader": {"numpy"},
@@ -102,7 +107,7 @@ FORBIDDEN_MODULES = {
 }
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 # What is imported by name is chosen by the local operator here, never by a peer.
-IMPORT_BY_NAME = {"transport.registry", "engine.model"}
+IMPORT_BY_NAME = {"transport.registry", "engine.model", "engine.vllm.check"}
 
 Complaint = tuple[int, str]  # line, what is wrong
 

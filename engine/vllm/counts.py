@@ -1,0 +1,119 @@
+"""How many tensors went which way: in memory, in a file for `tensorferry doctor --vllm`, for Prometheus."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from engine.vllm.settings import folder
+
+FRONT, WORKERS = "front end to engine", "engine to workers"
+_WRITE_EVERY = 1.0
+
+Way = tuple[str, str]  # hop, and how: "ring", "copied out" of it, or why it went vLLM's own way
+
+
+class Counts:
+    """Tensors and bytes by way, of this process and of those that told it theirs. Safe for threads."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.tensors: Counter[Way] = Counter()
+        self.nbytes: Counter[Way] = Counter()
+        self._others: dict[str, list[tuple[str, str, int, int]]] = {}
+        self._lock = threading.Lock()
+        self._file = folder() / f"{os.getpid()}.json"
+        self._written = ""
+        self._next = 0.0
+        self._published: Counter[Way] = Counter()
+
+    def add(self, hop: str, how: str, nbytes: int) -> None:
+        """One tensor went that way."""
+        with self._lock:
+            self.tensors[hop, how] += 1
+            self.nbytes[hop, how] += nbytes
+
+    def rows(self) -> list[tuple[str, str, int, int]]:
+        """Hop, way, tensors, bytes of this process."""
+        with self._lock:
+            return [(*way, count, self.nbytes[way]) for way, count in sorted(self.tensors.items())]
+
+    def heard(self, who: str, rows: list[Any]) -> None:
+        """Another process, which has no way to Prometheus, tells its own."""
+        self._others[who] = [(str(hop), str(how), int(n), int(size)) for hop, how, n, size in rows]
+
+    def total(self) -> list[tuple[str, str, int, int]]:
+        """As `rows`, with what was heard."""
+        tensors: Counter[Way] = Counter()
+        nbytes: Counter[Way] = Counter()
+        for hop, how, count, size in [*self.rows(), *(row for rows in self._others.values() for row in rows)]:
+            tensors[hop, how] += count
+            nbytes[hop, how] += size
+        return [(*way, count, nbytes[way]) for way, count in sorted(tensors.items())]
+
+    def line(self) -> str:
+        """One line for a log; "" when nothing was counted."""
+        return ", ".join(f"{hop}: {how} {n} ({size / 1e6:.1f} MB)" for hop, how, n, size in self.total())
+
+    def save(self, *, now: bool = False, **more: object) -> None:
+        """Write the file if something changed, at most once a second."""
+        if not now and time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _WRITE_EVERY
+        text = json.dumps({"role": self.role, "pid": os.getpid(), "tensors": self.rows(), **more})
+        if text != self._written:
+            self._written = text
+            self._file.write_text(text)
+        self._publish()
+
+    def remove(self) -> None:
+        """The process ends."""
+        self._file.unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        """To Prometheus, whose counters can only grow: by the difference since the last time."""
+        metrics = _metrics()
+        if metrics is None or self.role != "front":
+            return
+        for hop, how, count, size in self.total():
+            for metric, key, value in ((metrics[0], "tensors", count), (metrics[1], "bytes", size)):
+                grown = value - self._published[f"{key} {hop}", how]
+                if grown > 0:
+                    metric.labels(hop=hop, way=how).inc(grown)
+                    self._published[f"{key} {hop}", how] = value
+
+
+_prometheus: tuple[Any, Any] | None = None
+
+
+def _metrics() -> tuple[Any, Any] | None:
+    """The counters of this process, made once. vLLM removes metrics with its own name in theirs."""
+    global _prometheus
+    if _prometheus is None:
+        try:
+            from prometheus_client import Counter as Metric
+        except ImportError:
+            return None
+        labels = ["hop", "way"]
+        _prometheus = (
+            Metric("tensorferry_tensors", "Tensors between processes, by hop and way", labels),
+            Metric("tensorferry_tensor_bytes", "Bytes of tensors between processes, by hop and way", labels),
+        )
+    return _prometheus
+
+
+def saved() -> Iterator[Mapping[str, Any]]:
+    """What living processes saved; the files of the dead are removed."""
+    for file in sorted(folder().glob("*.json")):
+        try:
+            os.kill(int(file.stem), 0)
+            yield json.loads(file.read_text())
+        except ProcessLookupError:
+            file.unlink(missing_ok=True)
+        except (OSError, ValueError):  # just going, or just being written
+            continue

@@ -1,0 +1,141 @@
+"""An endpoint whose messages a thread takes as they come and keeps until somebody asks for them.
+
+vLLM's messages and ours travel beside each other: ours carries the tensor (through the ring, held by the
+link's own rules until it was opened), vLLM's the key by which the receiver finds it here. A message that is
+opened at once is acknowledged at once, so that a sender's ring depends on nobody's asking.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from engine.vllm.settings import exists
+from transport import Closed, Endpoint, Message, PeerGone, Timeout, TransportError
+
+_log = logging.getLogger("vllm.tensorferry")
+
+_LOOK_SOON, _LOOK = 0.05, 1.0
+_DIAL_FOR, _DIAL_OFTEN_FOR = 900.0, 60.0  # seconds: loading a model takes long
+_DIAL_TIMEOUT = 2.0
+
+Key = tuple[str, int]  # who put the tensor first, and its number there
+Arrival = tuple[torch.Tensor, Message | None]  # without a message the tensor is a copy
+
+
+class Mailbox:
+    """What came to `endpoint`, by sender, in order.
+
+    `notice` is called with (sender, body) for a message without a tensor, `look` again and again: soon while
+    it says True, else every second. Both run in the thread.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, notice: Callable[[str, dict[str, Any]], None], look: Callable[[], bool]
+    ) -> None:
+        self.endpoint = endpoint
+        self._notice = notice
+        self._look = look
+        self._queues: dict[str, deque[tuple[Key, Arrival]]] = {}
+        self._came = threading.Condition()
+        self._closed = threading.Event()
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._serve, name="tensorferry-mailbox", daemon=True)
+        self._thread.start()
+
+    def take(self, sender: str, key: Key, timeout: float) -> Arrival:
+        """The tensor of that key. What came from the same sender before it was never asked for: its
+        message was not sent, or its request is gone. LookupError when it does not come in time.
+        """
+        deadline = time.monotonic() + timeout
+        with self._came:
+            while True:
+                queue = self._queues.get(sender, deque())
+                if any(key == other for other, _ in queue):
+                    while True:
+                        found, arrival = queue.popleft()
+                        if found == key:
+                            return arrival
+                left = deadline - time.monotonic()
+                if left <= 0 or self._closed.is_set():
+                    raise LookupError(f"tensor {key[1]} of {key[0]} did not come from {sender}")
+                self._came.wait(left)
+
+    def dial(self, address: str, done: Callable[[str], None]) -> None:
+        """Link with who will listen at an `ipc://` address, in a thread; `done` gets the peer's name."""
+        name = "tensorferry-dial"
+        threading.Thread(target=self._dial, args=(address, done), name=name, daemon=True).start()
+
+    def close(self) -> None:
+        """End the thread and the endpoint. Tensors that were taken stay."""
+        if os.getpid() == self._pid:
+            self._closed.set()
+            self.endpoint.close()
+            self._thread.join(_LOOK)
+            with self._came:
+                self._queues.clear()
+                self._came.notify_all()
+
+    # ------------------------------------------------------------------ in the threads
+
+    def _serve(self) -> None:
+        next_look = 0.0
+        while not self._closed.is_set():
+            try:
+                left = next_look - time.monotonic()
+                if left <= 0:
+                    self._forget_the_dead()
+                    left = _LOOK_SOON if self._look() else _LOOK
+                    next_look = time.monotonic() + left
+                self._sort(self.endpoint.receive(timeout=left))
+            except Closed:
+                return
+            except Timeout:
+                continue
+            except PeerGone:  # nobody is linked of whom something could come
+                self._closed.wait(_LOOK_SOON)
+            except (TransportError, OSError) as error:
+                _log.warning("tensorferry: %s", error)
+
+    def _sort(self, message: Message) -> None:
+        body = message.body
+        if "tensor" not in body:
+            self._notice(message.sender, body)
+            return
+        tensor: torch.Tensor = body["tensor"]
+        arrival: Arrival = (tensor.clone(), None) if body["copy"] else (tensor, message)
+        with self._came:
+            key = (body["front"], body["number"])
+            self._queues.setdefault(message.sender, deque()).append((key, arrival))
+            self._came.notify_all()
+
+    def _forget_the_dead(self) -> None:
+        there = {peer.name for peer in self.endpoint.peers}
+        with self._came:
+            for gone in set(self._queues) - there:
+                del self._queues[gone]
+
+    def _dial(self, address: str, done: Callable[[str], None]) -> None:
+        start = time.monotonic()
+        while (waited := time.monotonic() - start) < _DIAL_FOR:
+            if self._closed.wait(0.1 if waited < _DIAL_OFTEN_FOR else 2.0):
+                return
+            if not exists(address):
+                continue
+            try:
+                done(self.endpoint.connect(address, timeout=_DIAL_TIMEOUT))
+                return
+            except Closed:
+                return
+            except Timeout:
+                continue
+            except TransportError as error:
+                _log.warning("tensorferry: %s; its tensors go vLLM's way", error)
+                return

@@ -1,0 +1,254 @@
+"""The three parties inside of one vLLM, and who keeps what alive between them.
+
+    front end  --hop 1-->  EngineCore  --hop 2-->  workers (tensor and pipeline parallel)
+
+Each is one endpoint. The front end listens; its engines and their workers link with it and map its ring.
+An EngineCore listens for its workers. Who puts a tensor sends it as a message of ours and gives vLLM a key
+(who, number) to carry in its place; the receiver takes our message by that key.
+
+- In flight the sender's link counts on the record until the receiver's thread has opened and acknowledged it.
+- The view that the receiver gets keeps the record, for as long as vLLM keeps the tensor.
+- In hop 2 an EngineCore hands the front end's record on: its own view is kept until the worker has it open.
+- Nobody waits to send. A peer that is not linked or not admitted, a full ring, a small tensor: vLLM's own path.
+- A record that is gone is an error of the receiver, never other bytes: that is the ring's own rule.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import logging
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from engine.vllm.counts import FRONT, WORKERS, Counts
+from engine.vllm.mailbox import Key, Mailbox
+from engine.vllm.settings import Settings, core_address, exists, front_address
+from transport import Endpoint, TransportError
+
+_log = logging.getLogger("vllm.tensorferry")
+
+_TAKE_TIMEOUT = 10.0  # it was sent before vLLM's message that asks for it
+_ENGINE, _WORKER = "engine{}", "worker-{}-{}"  # the latter: pid of its EngineCore, own pid
+
+
+class _Party:
+    """An endpoint with its mailbox, and tensors sent through it."""
+
+    def __init__(self, settings: Settings, name: str, hop: str, role: str) -> None:
+        self.settings = settings
+        self.name = name
+        self.counts = Counts(role)
+        self.endpoint = Endpoint(name, settings.transport)
+        self.mailbox = Mailbox(self.endpoint, self.notice, self.look)
+        self.pid = os.getpid()
+        self._hop = hop
+        self._numbers = itertools.count(1)
+        self._used = 0  # bytes of the ring, as of the last message and what it added
+        # Before the endpoint's own finalizer takes the sockets from under the mailbox's thread.
+        atexit.register(self.close)
+
+    def put(self, tensor: torch.Tensor, readers: list[str]) -> Key | None:
+        """Send a tensor to those readers; None: it must go vLLM's way."""
+        nbytes = tensor.nbytes
+        if not tensor.is_cpu or not self.settings.transport.inline_below <= nbytes:
+            return None
+        if nbytes > self.settings.largest:
+            return self._refused("larger than the ring", nbytes)
+        number = next(self._numbers)
+        self._used += nbytes
+        copy = self._used > self.settings.copy_above * self.settings.transport.ring_bytes
+        body = {"front": self.name, "number": number, "copy": copy, "tensor": tensor.detach()}
+        try:
+            self.endpoint.try_send(body, to=readers)
+        except (TransportError, TypeError) as error:
+            return self._refused(type(error).__name__, nbytes)
+        self.counts.add(self._hop, "copied out" if copy else "ring", nbytes)
+        return self.name, number
+
+    def measure(self) -> None:
+        """See how full the ring is, before the tensors of one message."""
+        ring = self.endpoint.statistics()["backend"].get("ring")
+        self._used = ring.used if ring is not None else 0
+
+    def _refused(self, why: str, nbytes: int) -> None:
+        self.counts.add(self._hop, f"vLLM ({why})", nbytes)
+
+    def admitted(self) -> set[str]:
+        """The peers that proved that they map this party's ring."""
+        return {peer.name for peer in self.endpoint.peers if peer.held is not None}
+
+    def offer(self) -> bool:
+        """Let peers that have not proved it prove that they map the ring; whether one is still to answer."""
+        missing = {peer.name for peer in self.endpoint.peers if peer.held is None}
+        if missing:
+            with self.endpoint.loan((1,), torch.uint8, timeout=0.1):
+                pass  # making room is what makes the offers
+        return bool(missing)
+
+    def notice(self, sender: str, body: dict[str, Any]) -> None:
+        """A message without a tensor came."""
+
+    def look(self) -> bool:
+        """Called again and again; whether to look again soon."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Leave. Tensors that were taken stay."""
+        atexit.unregister(self.close)
+        if os.getpid() == self.pid:
+            self.mailbox.close()
+            self.counts.remove()
+
+
+class Front(_Party):
+    """In the process of an `MPClient`: an API server, or the one that calls `LLM.generate`."""
+
+    def __init__(self, settings: Settings, vllm_address: str) -> None:
+        self._ready: frozenset[str] = frozenset()
+        self._target: str | None = None
+        self._since = time.monotonic()
+        super().__init__(settings, f"front-{os.getpid()}-{secrets.token_hex(4)}", FRONT, "front")
+        self.endpoint.listen(front_address(vllm_address))
+
+    def wait_for(self, engines: list[int], timeout: float) -> list[int]:
+        """Wait for engines of this host to map the ring, not longer than that; those that do."""
+        deadline = time.monotonic() + timeout
+        while True:
+            there = [index for index in engines if _ENGINE.format(index) in self._ready]
+            if len(there) == len(engines) or time.monotonic() > deadline:
+                return there
+            time.sleep(0.01)
+
+    @contextmanager
+    def sending_to(self, engine: bytes) -> Iterator[None]:
+        """What is encoded meanwhile is for the engine of that identity of vLLM's."""
+        self._target = _ENGINE.format(int.from_bytes(engine, "little"))
+        try:
+            yield
+        finally:
+            self._target = None
+
+    def lend(self, tensor: torch.Tensor) -> dict[str, Any] | None:
+        """What vLLM's message carries in place of the tensor; None: the tensor itself."""
+        if self._target is None:
+            return None
+        if self._target not in self._ready:
+            if tensor.nbytes >= self.settings.transport.inline_below:
+                self._refused("not linked", tensor.nbytes)
+            return None
+        key = self.put(tensor, [self._target])
+        return None if key is None else {"tensorferry": list(key)}
+
+    def notice(self, sender: str, body: dict[str, Any]) -> None:
+        if "counts" in body:
+            self.counts.heard(sender, body["counts"])
+
+    def look(self) -> bool:
+        waiting = self.offer()
+        self._ready = frozenset(self.admitted())
+        self.counts.save(peers={peer.name: peer.backend for peer in self.endpoint.peers})
+        return waiting or (not self._ready and time.monotonic() < self._since + 60)
+
+
+class Core(_Party):
+    """In the process of an EngineCore: takes from its front ends, hands on to its workers."""
+
+    def __init__(self, settings: Settings, index: int, vllm_addresses: list[str], workers: int) -> None:
+        self._workers: list[str] = []
+        self._expected = workers
+        self._fronts: dict[str, str] = {}  # address → name, in vLLM's order
+        self._told: dict[str, int] = {}
+        self._reported: list[Any] = []
+        # By identity, and outside of the tensors, whose attributes vLLM would pickle.
+        self._lent: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        super().__init__(settings, _ENGINE.format(index), WORKERS, "engine")
+        if workers:
+            self.endpoint.listen(core_address(os.getpid()))
+        self._addresses = [front_address(address) for address in vllm_addresses]
+        for address in self._addresses:
+            self.mailbox.dial(address, lambda name, address=address: self._fronts.update({address: name}))
+
+    def provide(self, shape: tuple[int, ...], dtype: str, meta: dict[str, Any]) -> torch.Tensor:
+        """The tensor of what `Front.lend` gave. LookupError when it is gone."""
+        front, number = meta["tensorferry"]
+        tensor, message = self.mailbox.take(front, (front, number), _TAKE_TIMEOUT)
+        if tuple(tensor.shape) != tuple(shape) or str(tensor.dtype) != f"torch.{dtype}":
+            raise LookupError(f"tensor {number} of {front} is {tensor.dtype} {tuple(tensor.shape)}")
+        # Another Python object over the same memory: one that the message refers to would make a cycle.
+        tensor = tensor.view(tensor.shape)
+        if message is not None:
+            self._lent[tensor] = message
+        return tensor
+
+    def hand_on(self, tensor: torch.Tensor) -> tuple[str, Key] | None:
+        """What the workers take the tensor by: (sender, key). None: vLLM must pickle it."""
+        if tensor.nbytes < self.settings.transport.inline_below or not tensor.is_cpu:
+            return None
+        if len(self._workers) < self._expected:
+            return self._refused("not linked", tensor.nbytes)
+        message = self._lent.get(tensor)
+        if message is None:
+            key = self.put(tensor, self._workers)
+            return None if key is None else (self.name, key)
+        try:
+            self.endpoint.forward(message, to=self._workers, timeout=0.0)
+        except TransportError as error:
+            return self._refused(type(error).__name__, tensor.nbytes)
+        self.counts.add(WORKERS, "handle", tensor.nbytes)
+        return self.name, (message.body["front"], message.body["number"])
+
+    def look(self) -> bool:
+        waiting = False
+        if self._expected:
+            prefix = _WORKER.format(os.getpid(), "")
+            there = [peer.name for peer in self.endpoint.peers if peer.name.startswith(prefix)]
+            for name in there:
+                if self._told.get(name) != len(self._fronts):
+                    self.endpoint.try_send({"fronts": list(self._fronts)}, to=name)
+                    self._told[name] = len(self._fronts)
+            self._workers = there
+            waiting = len(there) < self._expected
+        self._report()
+        self.counts.save(peers={peer.name: peer.backend for peer in self.endpoint.peers})
+        return waiting
+
+    def _report(self) -> None:
+        """Only to the first front end: what several would publish would be counted several times."""
+        front = self._fronts.get(self._addresses[0]) if self._addresses else None
+        rows = [list(row) for row in self.counts.rows()]
+        if front is not None and rows != self._reported:
+            self.endpoint.try_send({"counts": rows}, to=front)
+            self._reported = rows
+
+
+class Worker(_Party):
+    """In a worker process of the multiprocess executor, a child of its EngineCore."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._known: set[str] = set()
+        super().__init__(settings, _WORKER.format(os.getppid(), os.getpid()), WORKERS, "worker")
+        self.mailbox.dial(core_address(os.getppid()), lambda _: None)
+
+    def take(self, sender: str, key: Key) -> torch.Tensor:
+        """The tensor that an EngineCore handed on. LookupError when it is gone."""
+        tensor, message = self.mailbox.take(sender, key, _TAKE_TIMEOUT)
+        self.counts.add("taken by a worker", "copied out" if message is None else "ring", tensor.nbytes)
+        return tensor
+
+    def notice(self, sender: str, body: dict[str, Any]) -> None:
+        for address in body.get("fronts", ()):
+            if address not in self._known and exists(address):
+                self._known.add(address)
+                self.mailbox.dial(address, lambda _: None)
+
+    def look(self) -> bool:
+        self.counts.save(peers={peer.name: peer.backend for peer in self.endpoint.peers})
+        return False

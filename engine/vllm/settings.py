@@ -1,0 +1,86 @@
+"""What `--additional-config '{"tensorferry": {...}}'` says, and where the processes of one vLLM meet."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transport import TransportConfig
+
+KEY = "tensorferry"
+_RING_BYTES = 2 << 30  # two prompts of 32 images of 1 megapixel in float32, as vLLM keeps the last one
+_FIXED = {"backend", "trace", "insecure"}  # vLLM's own path is what the ring is not
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tensors go between vLLM's processes.
+
+    `transport`: the fields that were given, all of `TransportConfig` but `backend`, `trace` and `insecure`.
+    `copy_above`: part of the ring (0 to 1) above which the receiver copies a tensor out as it arrives, so
+    that what vLLM keeps for minutes does not fill the ring; 0 copies always.
+    """
+
+    transport: TransportConfig
+    copy_above: float = 0.5
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest tensor that one record can hold, its alignment included."""
+        ring = self.transport.ring_bytes
+        return min(int(ring * self.transport.peer_share), ring - ring // 16)
+
+
+def settings_of(additional_config: object, *, engines: int = 1) -> Settings | None:
+    """The settings in vLLM's `additional_config`; None when there are none: vLLM then runs as without us.
+
+    ValueError: an option that is unknown or wrong, by name.
+    """
+    given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+    if given is None or given is False:
+        return None
+    options: dict[str, Any] = {} if given is True else dict(given)
+    copy_above = options.pop("copy_above", 0.5)
+    known = {field.name for field in dataclasses.fields(TransportConfig)} - _FIXED
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"{KEY}: unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    if not isinstance(copy_above, int | float) or not 0 <= copy_above <= 1:
+        raise ValueError(f"{KEY}: copy_above must be from 0 to 1, not {copy_above!r}")
+    # Of several engines a stopped one must not have the whole ring; a single one may.
+    defaults: dict[str, Any] = {"ring_bytes": _RING_BYTES, "peer_share": 1.0 if engines == 1 else 0.5}
+    return Settings(TransportConfig(**{**defaults, **options}, backend="shm"), float(copy_above))
+
+
+def folder() -> Path:
+    """Where this user's sockets and counters lie, mode 0700. OSError: somebody else's folder is there."""
+    path = Path(tempfile.gettempdir(), f"tensorferry-{os.getuid()}")
+    path.mkdir(mode=0o700, exist_ok=True)
+    seen = path.lstat()
+    if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.getuid() or seen.st_mode & 0o077:
+        raise OSError(f"{path} must be a folder of this user alone (mode 0700)")
+    return path
+
+
+def front_address(vllm_address: str) -> str:
+    """Where the front end listens that binds this address of vLLM's own, which its engines know as well.
+
+    Engines on other hosts compute it, too, and find nobody there.
+    """
+    return f"ipc://{folder()}/{hashlib.sha256(vllm_address.encode()).hexdigest()[:20]}.front"
+
+
+def core_address(pid: int) -> str:
+    """Where the EngineCore of that process listens for its workers, which are its children."""
+    return f"ipc://{folder()}/{pid}.core"
+
+
+def exists(address: str) -> bool:
+    """Whether the socket of an `ipc://` address is there, be it alive or not."""
+    return os.path.exists(address.removeprefix("ipc://"))

@@ -1,0 +1,298 @@
+"""vLLM's entry point: its images go through tensorferry's rings, where `--additional-config` asks for it.
+
+`register` is called by vLLM (group `vllm.general_plugins`) in every process. It hooks a few of vLLM's
+functions; without `{"tensorferry": {...}}` in the configuration every hook passes straight through. Where
+vLLM's inside is not what is known here, that hop is left alone and a warning says what is missing.
+
+Hop 1: an `OOBTensorConsumer` on the encoder of an `MPClient` and a provider on its `EngineCoreProc`, which is
+how vLLM lets tensors go beside its messages. Hop 2: the executor's `MessageQueue` pickles a tensor as a call
+of `take` here. `engine/vllm/roles.py` says who keeps what alive meanwhile.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import logging
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from engine.vllm.roles import Core, Front, Worker
+from engine.vllm.settings import settings_of
+
+_log = logging.getLogger("vllm.tensorferry")
+
+_READY_TIMEOUT = 3.0  # of the engines of this host, which have loaded their models already
+_core: Core | None = None
+_worker: Worker | None = None
+_fronts: weakref.WeakSet[Front] = weakref.WeakSet()
+_pickling = threading.local()  # .core: whose MessageQueue this thread is writing to
+
+
+def register() -> None:
+    """Hook vLLM; safe to call again. Never raises: vLLM runs on without."""
+    for name, hook in _HOOKS.items():
+        try:
+            hook()
+        except (ImportError, AttributeError) as error:
+            _log.warning("tensorferry: %s is not as known here (%s); it goes vLLM's way", name, error)
+
+
+def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Replace a method by `around(original, self, ...)`, once. AttributeError when it is not there."""
+    original = getattr(owner, name)
+    if getattr(original, "_tensorferry", False):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        return around(original, *arguments, **named)
+
+    wrapped._tensorferry = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)
+
+
+# ---------------------------------------------------------------------- the front end
+
+
+def _hook_front() -> None:
+    if (
+        "vllm.engine.arg_utils" not in sys.modules
+    ):  # a process that has no engine, such as one that looks at models
+        return
+    from vllm.v1.engine.core_client import AsyncMPClient, MPClient, SyncMPClient
+    from vllm.v1.metrics.loggers import LoggingStatLogger
+
+    _wrap(MPClient, "__init__", _client_made)
+    for client in (SyncMPClient, AsyncMPClient):
+        _wrap(client, "_send_input", _client_sends)
+    _wrap(LoggingStatLogger, "log", _statistics_logged)
+
+
+def _client_made(original: Callable[..., None], client: Any, *arguments: Any, **named: Any) -> None:
+    original(client, *arguments, **named)
+    parallel = client.vllm_config.parallel_config
+    engines = client.engine_ranks_managed
+    settings = settings_of(client.vllm_config.additional_config, engines=len(engines))
+    if settings is None or not _has_tensors(client.vllm_config):
+        return
+    if client.encoder.oob_tensor_consumer is not None:
+        _log.warning("tensorferry: mm_tensor_ipc carries the tensors already; take direct_rpc")
+        return
+    try:
+        front = Front(settings, _address_of(client.input_socket))
+    except Exception as error:
+        _log.exception("tensorferry: %s; tensors go vLLM's way", error)
+        return
+    local = engines[: parallel.data_parallel_size_local]
+    there = front.wait_for(local, _READY_TIMEOUT)
+    _log.info("tensorferry: engines %s of %s map the ring", there, engines)
+    client.encoder.oob_tensor_consumer = _consumer(front)
+    client._tensorferry = front
+    _fronts.add(front)
+    weakref.finalize(client, front.close)
+
+
+def _has_tensors(vllm_config: Any) -> bool:
+    model = vllm_config.model_config
+    return model is not None and (model.multimodal_config is not None or model.enable_prompt_embeds)
+
+
+def _address_of(socket: Any) -> str:
+    import zmq
+
+    address: bytes = socket.getsockopt(zmq.LAST_ENDPOINT)
+    return address.rstrip(b"\0").decode()
+
+
+def _consumer(front: Front) -> Any:
+    from vllm.v1.serial_utils import OOBTensorConsumer
+
+    class Consumer(OOBTensorConsumer):  # type: ignore[misc]
+        """What vLLM's encoder offers its tensors to."""
+
+        def __call__(self, tensor: torch.Tensor) -> dict[str, Any] | None:
+            return front.lend(tensor)
+
+        def new_message(self) -> None:
+            front.measure()
+
+    return Consumer()
+
+
+def _client_sends(
+    original: Callable[..., Any], client: Any, kind: Any, request: Any, *more: Any, **named: Any
+) -> Any:
+    """The consumer is not told for which engine it is asked; of a utility call a loss could not be told."""
+    front: Front | None = getattr(client, "_tensorferry", None)
+    if front is None or kind.name != "ADD":
+        return original(client, kind, request, *more, **named)
+    engine = (more[0] if more else named.get("engine")) or client.core_engine
+    with front.sending_to(engine):
+        return original(client, kind, request, *more, **named)
+
+
+def _statistics_logged(original: Callable[..., Any], logger: Any) -> Any:
+    result = original(logger)
+    for front in _fronts:
+        if (line := front.counts.line()) and not logger.engine_is_idle:
+            _log.info("tensorferry: %s", line)
+    return result
+
+
+# ---------------------------------------------------------------------- the engine
+
+
+def _hook_engine() -> None:
+    if "vllm.v1.engine.core" not in sys.modules:
+        return
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+
+    EngineCoreProc._handle_request_preproc_error  # noqa: B018  # what fails one request alone
+    _wrap(EngineCore, "preprocess_add_request", _request_came)
+    _wrap(EngineCoreProc, "process_input_sockets", _input_begins)
+
+
+def _input_begins(
+    original: Callable[..., Any], engine: Any, addresses: list[str], *more: Any, **named: Any
+) -> Any:
+    """In the engine's input thread, before its decoders are built."""
+    global _core
+    try:
+        settings = settings_of(engine.vllm_config.additional_config)
+        if settings is not None and engine.tensor_ipc_receiver is None:
+            queue = getattr(engine.model_executor, "rpc_broadcast_mq", None)
+            workers = queue.n_local_reader if queue is not None and not queue.n_remote_reader else 0
+            _core = Core(settings, engine.engine_index, addresses, workers)
+            engine.tensor_ipc_receiver = _Provider(_core)
+            if workers:
+                _hook_queue(queue, _core)
+    except Exception as error:
+        _log.exception("tensorferry: %s; tensors go vLLM's way", error)
+    return original(engine, addresses, *more, **named)
+
+
+class _Provider:
+    """What vLLM's decoder asks for tensors. It runs on the input thread, which must live: it never raises.
+
+    A tensor that is gone is noted, a tensor without data stands in its place, and the request fails alone
+    in `preprocess_add_request`.
+    """
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self.lost: list[str] = []
+
+    def __call__(self, dtype: str, shape: tuple[int, ...], meta: dict[str, Any]) -> torch.Tensor:
+        try:
+            return self._core.provide(shape, dtype, meta)
+        except Exception as error:
+            _log.exception("tensorferry: a tensor is lost")
+            self.lost.append(str(error))
+            return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+def _request_came(original: Callable[..., Any], engine: Any, request: Any) -> Any:
+    provider = getattr(engine, "tensor_ipc_receiver", None)
+    if isinstance(provider, _Provider) and provider.lost:
+        lost, provider.lost = provider.lost, []
+        raise RuntimeError(f"tensors of request {request.request_id} are lost: {'; '.join(lost)}")
+    return original(engine, request)
+
+
+def _hook_queue(queue: Any, core: Core) -> None:
+    enqueue = queue.enqueue
+
+    @functools.wraps(enqueue)
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        with _pickling_for(core):
+            return enqueue(*arguments, **named)
+
+    queue.enqueue = wrapped
+
+
+@contextmanager
+def _pickling_for(core: Core) -> Iterator[None]:
+    """Until the end, this thread pickles tensors as calls of `take` where the workers have them.
+
+    0.25 and 0.26 pickle by `copyreg`'s table; later ones by a function of the queue's module.
+    """
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    core.measure()
+    _pickling.core = core
+    later = hasattr(shm_broadcast, "_reduce_tensor")
+    before = shm_broadcast._reduce_tensor if later else copyreg.dispatch_table.get(torch.Tensor)
+    if later:
+        shm_broadcast._reduce_tensor = functools.partial(_reduce, before)
+    else:
+        copyreg.dispatch_table[torch.Tensor] = functools.partial(_reduce, before or _reduce_as_torch)
+    try:
+        yield
+    finally:
+        _pickling.core = None
+        if later:
+            shm_broadcast._reduce_tensor = before
+        elif before is None:
+            del copyreg.dispatch_table[torch.Tensor]
+        else:
+            copyreg.dispatch_table[torch.Tensor] = before
+
+
+def _reduce(original: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> Any:
+    core: Core | None = getattr(_pickling, "core", None)
+    handed = None if core is None else core.hand_on(tensor)
+    return original(tensor) if handed is None else (take, handed)
+
+
+def _reduce_as_torch(tensor: torch.Tensor) -> Any:
+    return tensor.__reduce_ex__(5)
+
+
+# ---------------------------------------------------------------------- the workers
+
+
+def _hook_worker() -> None:
+    if "vllm.v1.worker.worker_base" not in sys.modules:
+        return
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    _wrap(WorkerWrapperBase, "init_device", _worker_begins)
+
+
+def _worker_begins(original: Callable[..., Any], wrapper: Any, *arguments: Any, **named: Any) -> Any:
+    global _worker
+    config = wrapper.vllm_config
+    try:
+        settings = settings_of(config.additional_config)
+        parallel = config.parallel_config
+        inside = _core is not None and _core.pid == os.getpid()
+        apart = not inside and parallel.distributed_executor_backend == "mp"
+        if settings is not None and apart and _has_tensors(config):
+            _worker = Worker(settings)
+    except Exception as error:
+        _log.exception("tensorferry: %s; tensors go vLLM's way", error)
+    return original(wrapper, *arguments, **named)
+
+
+def take(sender: str, key: tuple[str, int]) -> torch.Tensor:
+    """In a worker: the tensor that its EngineCore handed on. RuntimeError when it is gone."""
+    if _worker is None:
+        raise RuntimeError("tensorferry: this process is no worker with a link to its EngineCore")
+    return _worker.take(sender, key)
+
+
+# ---------------------------------------------------------------------- for people
+
+_HOOKS = {
+    "the front end": _hook_front,
+    "the EngineCore": _hook_engine,
+    "the worker": _hook_worker,
+}
