@@ -88,7 +88,7 @@ def _client_made(original: Callable[..., None], client: Any, *arguments: Any, **
         return
     try:
         front = Front(settings, _address_of(client.input_socket))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # whatever it is, vLLM runs on without
         _log.exception("tensorferry: %s; tensors go vLLM's way", error)
         return
     local = engines[: parallel.data_parallel_size_local]
@@ -174,7 +174,7 @@ def _input_begins(
             engine.tensor_ipc_receiver = _Provider(_core)
             if workers:
                 _hook_queue(queue, _core)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # whatever it is, vLLM runs on without
         _log.exception("tensorferry: %s; tensors go vLLM's way", error)
     return original(engine, addresses, *more, **named)
 
@@ -193,7 +193,7 @@ class _Provider:
     def __call__(self, dtype: str, shape: tuple[int, ...], meta: dict[str, Any]) -> torch.Tensor:
         try:
             return self._core.provide(shape, dtype, meta)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # the input thread must live
             _log.exception("tensorferry: a tensor is lost")
             self.lost.append(str(error))
             return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
@@ -276,8 +276,8 @@ def _worker_begins(original: Callable[..., Any], wrapper: Any, *arguments: Any, 
         inside = _core is not None and _core.pid == os.getpid()
         apart = not inside and parallel.distributed_executor_backend == "mp"
         if settings is not None and apart and _has_tensors(config):
-            _worker = Worker(settings)
-    except Exception as error:
+            _worker = Worker(settings, os.getppid())
+    except Exception as error:  # noqa: BLE001  # whatever it is, vLLM runs on without
         _log.exception("tensorferry: %s; tensors go vLLM's way", error)
     return original(wrapper, *arguments, **named)
 

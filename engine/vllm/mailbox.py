@@ -97,6 +97,10 @@ class Mailbox:
                 self._sort(self.endpoint.receive(timeout=left))
             except Closed:
                 return
+            except ValueError:  # the poller was closed under this thread's feet
+                if self._closed.is_set():
+                    return
+                raise
             except Timeout:
                 continue
             except PeerGone:  # nobody is linked of whom something could come

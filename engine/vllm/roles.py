@@ -9,7 +9,7 @@ An EngineCore listens for its workers. Who puts a tensor sends it as a message o
 - In flight the sender's link counts on the record until the receiver's thread has opened and acknowledged it.
 - The view that the receiver gets keeps the record, for as long as vLLM keeps the tensor.
 - In hop 2 an EngineCore hands the front end's record on: its own view is kept until the worker has it open.
-- Nobody waits to send. A peer that is not linked or not admitted, a full ring, a small tensor: vLLM's own path.
+- Nobody waits to send. A peer not linked or not admitted, a full ring, a small tensor: vLLM's own way.
 - A record that is gone is an error of the receiver, never other bytes: that is the ring's own rule.
 """
 
@@ -232,10 +232,11 @@ class Core(_Party):
 class Worker(_Party):
     """In a worker process of the multiprocess executor, a child of its EngineCore."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, core: int) -> None:
+        """core: the pid of its EngineCore."""
         self._known: set[str] = set()
-        super().__init__(settings, _WORKER.format(os.getppid(), os.getpid()), WORKERS, "worker")
-        self.mailbox.dial(core_address(os.getppid()), lambda _: None)
+        super().__init__(settings, _WORKER.format(core, os.getpid()), WORKERS, "worker")
+        self.mailbox.dial(core_address(core), lambda _: None)
 
     def take(self, sender: str, key: Key) -> torch.Tensor:
         """The tensor that an EngineCore handed on. LookupError when it is gone."""
@@ -243,7 +244,7 @@ class Worker(_Party):
         self.counts.add("taken by a worker", "copied out" if message is None else "ring", tensor.nbytes)
         return tensor
 
-    def notice(self, sender: str, body: dict[str, Any]) -> None:
+    def notice(self, sender: str, body: dict[str, Any]) -> None:  # noqa: ARG002  # as the others
         for address in body.get("fronts", ()):
             if address not in self._known and exists(address):
                 self._known.add(address)

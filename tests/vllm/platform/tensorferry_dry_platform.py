@@ -43,8 +43,8 @@ def _zero(*given: Any) -> None:
 
 # Schemas by which vLLM calls its CPU kernels, and what stands in for them.
 _KERNELS: dict[str, Callable[..., Any]] = {
-    "get_scheduler_metadata(int a, int b, int c, int d, Tensor e, ScalarType f, Tensor g, bool h, int i, str j,"
-    " bool k, Tensor? l) -> Tensor": lambda *_: torch.zeros(1, dtype=torch.int32),
+    "get_scheduler_metadata(int a, int b, int c, int d, Tensor e, ScalarType f, Tensor g, bool h, int i,"
+    " str j, bool k, Tensor? l) -> Tensor": lambda *_: torch.zeros(1, dtype=torch.int32),
     "cpu_attn_reshape_and_cache(Tensor a, Tensor b, Tensor(c!) c, Tensor(d!) d, Tensor e, str f, float g,"
     " float h, str i) -> ()": _remember,
     "cpu_attention_with_kv_cache(Tensor q, Tensor k, Tensor v, Tensor(o!) o, Tensor e, Tensor f, float g,"
@@ -81,9 +81,9 @@ def _larger_weights() -> None:
     """vLLM's dummy weights are so small that biases drown every image."""
     from vllm.model_executor.model_loader import dummy_loader
 
-    dummy_loader.initialize_dummy_weights = functools.partial(
-        dummy_loader.initialize_dummy_weights, low=-0.2, high=0.2
-    )
+    initialize = dummy_loader.initialize_dummy_weights
+    if not isinstance(initialize, functools.partial):
+        dummy_loader.initialize_dummy_weights = functools.partial(initialize, low=-0.2, high=0.2)
 
 
 def _platform() -> type:
@@ -105,7 +105,12 @@ def _platform() -> type:
             if not hasattr(torch.ops._C, "get_scheduler_metadata"):
                 for schema, kernel in _KERNELS.items():
                     _define("_C", schema, kernel)
-                _larger_weights()
+
+        @classmethod
+        def get_attn_backend_cls(cls, *given: Any, **named: Any) -> str:
+            _larger_weights()  # here, since this is called where a model is made, before its weights are
+            backend: str = super().get_attn_backend_cls(*given, **named)
+            return backend
 
     DryPlatform.__module__, DryPlatform.__qualname__ = __name__, "DryPlatform"
     return DryPlatform

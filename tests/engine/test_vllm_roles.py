@@ -1,0 +1,221 @@
+"""The three parties inside of one vLLM, without vLLM: what the plugin hooks in, tensor by tensor."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.vllm import counts, roles
+from engine.vllm.roles import Core, Front, Worker
+from engine.vllm.settings import Settings, settings_of
+
+ENGINE = (0).to_bytes(2, "little")
+IMAGE = (512, 1176)  # 1.2 MB in bfloat16
+RING = 16 << 20
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("engine.vllm.settings.tempfile.gettempdir", lambda: str(tmp_path))
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    """What vLLM's own socket would be bound to."""
+    return f"ipc://{tmp_path}/vllm"
+
+
+def settings(**options: object) -> Settings:
+    given = settings_of({"tensorferry": {"ring_bytes": RING, **options}})
+    assert given is not None
+    return given
+
+
+def until(what: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen in 30 s"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def pair(address: str) -> Iterator[tuple[Front, Core]]:
+    """A front end and its engine, linked, the ring mapped."""
+    with_options = settings(copy_above=0.5)
+    core = Core(with_options, 0, [address], workers=0)
+    front = Front(with_options, address)
+    try:
+        assert front.wait_for([0], timeout=30) == [0]
+        yield front, core
+    finally:
+        front.close()
+        core.close()
+
+
+def image(seed: int = 0, shape: tuple[int, ...] = IMAGE) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+
+
+def lend(front: Front, tensor: torch.Tensor, engine: bytes = ENGINE) -> dict[str, object] | None:
+    front.measure()
+    with front.sending_to(engine):
+        return front.lend(tensor)
+
+
+def provide(core: Core, meta: dict[str, object] | None, shape: tuple[int, ...] = IMAGE) -> torch.Tensor:
+    assert meta is not None
+    return core.provide(shape, "bfloat16", meta)
+
+
+def used(front: Front) -> int:
+    ring = front.endpoint.statistics()["backend"]["ring"]
+    assert isinstance(ring.used, int)
+    return ring.used
+
+
+def test_a_tensor_goes_through_the_ring_and_its_bytes_are_free_with_its_last_view(
+    pair: tuple[Front, Core],
+) -> None:
+    front, core = pair
+    sent = image()
+    got = provide(core, lend(front, sent))
+    assert torch.equal(got, sent)
+    part = got[:2]
+    del got
+    gc.collect()
+    assert used(front) > 0
+    assert torch.equal(part, sent[:2])
+    del part
+    until(lambda: used(front) == 0)
+    assert front.counts.rows() == [(counts.FRONT, "ring", 1, sent.nbytes)]
+
+
+def test_slices_of_one_storage_are_records_of_their_own(pair: tuple[Front, Core]) -> None:
+    front, core = pair
+    prompt = image(shape=(4 * 512, 1176))
+    metas = [lend(front, part) for part in prompt.split(512)]
+    got = [provide(core, meta) for meta in metas]
+    assert torch.equal(torch.cat(got), prompt)
+    del got[1:]
+    until(lambda: used(front) < 2 * prompt.nbytes // 4)
+
+
+def test_what_the_ring_is_not_for_goes_vllms_way(pair: tuple[Front, Core]) -> None:
+    front, _ = pair
+    assert lend(front, torch.zeros(8)) is None  # small
+    assert lend(front, image(), engine=(7).to_bytes(2, "little")) is None  # an engine elsewhere
+    assert front.lend(image()) is None  # not a request
+    assert lend(front, image(shape=(RING // 2, 2))) is None  # larger than the ring
+    ways = {how for _, how, _, _ in front.counts.rows()}
+    assert ways == {"vLLM (not linked)", "vLLM (larger than the ring)"}
+
+
+def test_a_ring_full_of_what_is_kept_is_passed_by(address: str) -> None:
+    given = settings(copy_above=1.0)
+    core, front = Core(given, 0, [address], workers=0), Front(given, address)
+    try:
+        front.wait_for([0], timeout=30)
+        metas = [lend(front, image(seed)) for seed in range(20)]  # 24 MB into 16
+        kept = [provide(core, meta) for meta in metas if meta is not None]
+        assert 0 < len(kept) < 20
+        assert all(torch.equal(tensor, image(seed)) for seed, tensor in enumerate(kept))
+        assert ("vLLM (Full)") in {how for _, how, _, _ in front.counts.rows()}
+    finally:
+        front.close()
+        core.close()
+
+
+def test_above_the_fill_level_tensors_are_copied_out_as_they_come(pair: tuple[Front, Core]) -> None:
+    front, core = pair
+    kept = []
+    for seed in range(24):  # 29 MB through a ring of 16, all of it kept
+        until(lambda: used(front) < RING - 2 * image().nbytes)
+        kept.append(provide(core, lend(front, image(seed))))
+    assert all(torch.equal(tensor, image(seed)) for seed, tensor in enumerate(kept))
+    ways = {how: count for _, how, count, _ in front.counts.rows()}
+    assert ways["ring"] >= 6
+    assert ways["ring"] + ways["copied out"] == 24
+
+
+def test_a_tensor_that_never_comes_is_an_error(
+    pair: tuple[Front, Core], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front, core = pair
+    monkeypatch.setattr(roles, "_TAKE_TIMEOUT", 0.1)
+    with pytest.raises(LookupError, match="did not come"):
+        provide(core, {"tensorferry": [front.name, 99]})
+
+
+def test_what_was_sent_for_a_message_that_failed_is_forgotten(pair: tuple[Front, Core]) -> None:
+    front, core = pair
+    lend(front, image(1))  # and vLLM's message is never sent
+    got = provide(core, lend(front, image(2)))
+    assert torch.equal(got, image(2))
+    del got
+    until(lambda: used(front) == 0)
+
+
+@pytest.mark.parametrize("lent", [True, False], ids=["of the front end's ring", "of its own"])
+def test_an_engine_hands_on_to_its_worker(address: str, lent: bool) -> None:
+    given = settings()
+    core = Core(given, 0, [address], workers=1)
+    worker = Worker(given, os.getpid())
+    front = Front(given, address)
+    try:
+        front.wait_for([0], timeout=30)
+        until(lambda: len(front.admitted()) == 2 and core._workers)
+        tensor = provide(core, lend(front, image())) if lent else image()
+        until(lambda: core.offer() is False)
+        handed = core.hand_on(tensor)
+        assert handed is not None
+        got = worker.take(*handed)
+        del tensor
+        assert torch.equal(got, image())
+        ways = [how for _, how, _, _ in core.counts.rows()]
+        assert ways == ["handle" if lent else "ring"]
+        del got
+        until(lambda: used(front) == 0)
+    finally:
+        for party in (front, worker, core):
+            party.close()
+
+
+def test_the_front_end_hears_what_its_engine_counts(address: str) -> None:
+    given = settings()
+    core, front = Core(given, 0, [address], workers=0), Front(given, address)
+    try:
+        core.counts.add(counts.WORKERS, "handle", 5)
+        until(lambda: front.counts.total() == [(counts.WORKERS, "handle", 1, 5)])
+        until(
+            lambda: any(
+                process["role"] == "front" or process["role"] == "engine" for process in counts.saved()
+            )
+        )
+    finally:
+        front.close()
+        core.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ring_byte": 1}, "ring_byte"),
+        ({"backend": "frames"}, "backend"),
+        ({"copy_above": 2}, "copy_above"),
+        ({"ring_bytes": 1}, "ring_bytes"),
+    ],
+)
+def test_a_wrong_option_is_refused_by_name(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings_of({"tensorferry": given})
+
+
+@pytest.mark.parametrize("given", [{}, {"tensorferry": None}, {"tensorferry": False}, {"other": {}}, None])
+def test_nothing_asked_for_is_nothing_done(given: object) -> None:
+    assert settings_of(given) is None
