@@ -48,6 +48,9 @@ class Mailbox:
         self._closed = threading.Event()
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._serve, name="tensorferry-mailbox", daemon=True)
+
+    def start(self) -> None:
+        """Begin to take messages."""
         self._thread.start()
 
     def take(self, sender: str, key: Key, timeout: float) -> Arrival:
@@ -68,7 +71,7 @@ class Mailbox:
                     raise LookupError(f"tensor {key[1]} of {key[0]} did not come from {sender}")
                 self._came.wait(left)
 
-    def dial(self, address: str, done: Callable[[str], None]) -> None:
+    def dial(self, address: str, done: Callable[[str], None] = lambda _: None) -> None:
         """Link with who will listen at an `ipc://` address, in a thread; `done` gets the peer's name."""
         name = "tensorferry-dial"
         threading.Thread(target=self._dial, args=(address, done), name=name, daemon=True).start()
@@ -78,7 +81,8 @@ class Mailbox:
         if os.getpid() == self._pid:
             self._closed.set()
             self.endpoint.close()
-            self._thread.join(_LOOK)
+            if self._thread.is_alive():
+                self._thread.join(_LOOK)
             with self._came:
                 self._queues.clear()
                 self._came.notify_all()
@@ -97,16 +101,15 @@ class Mailbox:
                 self._sort(self.endpoint.receive(timeout=left))
             except Closed:
                 return
-            except ValueError:  # the poller was closed under this thread's feet
-                if self._closed.is_set():
-                    return
-                raise
             except Timeout:
                 continue
             except PeerGone:  # nobody is linked of whom something could come
                 self._closed.wait(_LOOK_SOON)
-            except (TransportError, OSError) as error:
-                _log.warning("tensorferry: %s", error)
+            except Exception as error:  # noqa: BLE001  # without this thread no peer is answered
+                # After `close` it may be that the poller was closed under this thread's feet.
+                if not self._closed.is_set():
+                    _log.warning("tensorferry: %s: %s", type(error).__name__, error)
+                    self._closed.wait(_LOOK_SOON)
 
     def _sort(self, message: Message) -> None:
         body = message.body

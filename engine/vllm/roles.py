@@ -16,6 +16,7 @@ An EngineCore listens for its workers. Who puts a tensor sends it as a message o
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import logging
 import os
@@ -117,6 +118,7 @@ class Front(_Party):
         self._since = time.monotonic()
         super().__init__(settings, f"front-{os.getpid()}-{secrets.token_hex(4)}", FRONT, "front")
         self.endpoint.listen(front_address(vllm_address))
+        self.mailbox.start()
 
     def wait_for(self, engines: list[int], timeout: float) -> list[int]:
         """Wait for engines of this host to map the ring, not longer than that; those that do."""
@@ -174,7 +176,11 @@ class Core(_Party):
             self.endpoint.listen(core_address(os.getpid()))
         self._addresses = [front_address(address) for address in vllm_addresses]
         for address in self._addresses:
-            self.mailbox.dial(address, lambda name, address=address: self._fronts.update({address: name}))
+            self.mailbox.dial(address, functools.partial(self._linked, address))
+        self.mailbox.start()
+
+    def _linked(self, address: str, front: str) -> None:
+        self._fronts[address] = front
 
     def provide(self, shape: tuple[int, ...], dtype: str, meta: dict[str, Any]) -> torch.Tensor:
         """The tensor of what `Front.lend` gave. LookupError when it is gone."""
@@ -236,7 +242,8 @@ class Worker(_Party):
         """core: the pid of its EngineCore."""
         self._known: set[str] = set()
         super().__init__(settings, _WORKER.format(core, os.getpid()), WORKERS, "worker")
-        self.mailbox.dial(core_address(core), lambda _: None)
+        self.mailbox.dial(core_address(core))
+        self.mailbox.start()
 
     def take(self, sender: str, key: Key) -> torch.Tensor:
         """The tensor that an EngineCore handed on. LookupError when it is gone."""
@@ -248,7 +255,7 @@ class Worker(_Party):
         for address in body.get("fronts", ()):
             if address not in self._known and exists(address):
                 self._known.add(address)
-                self.mailbox.dial(address, lambda _: None)
+                self.mailbox.dial(address)
 
     def look(self) -> bool:
         self.counts.save(peers={peer.name: peer.backend for peer in self.endpoint.peers})
