@@ -122,7 +122,7 @@ def _consumer(front: Front) -> Any:
             return front.lend(tensor)
 
         def new_message(self) -> None:
-            front.measure()
+            """The message's tensors were announced by `sending_to`."""
 
     return Consumer()
 
@@ -135,8 +135,16 @@ def _client_sends(
     if front is None or kind.name != "ADD":
         return original(client, kind, request, *more, **named)
     engine = (more[0] if more else named.get("engine")) or client.core_engine
-    with front.sending_to(engine):
+    with front.sending_to(engine, list(_tensors_of(request))):
         return original(client, kind, request, *more, **named)
+
+
+def _tensors_of(request: Any) -> Iterator[torch.Tensor]:
+    """Those of a request's images, videos and sounds; what is not found here is met by the consumer."""
+    for feature in getattr(request, "mm_features", None) or ():
+        for element in (getattr(feature, "data", None) or {}).values():
+            data = getattr(element, "data", None)
+            yield from (t for t in (data if isinstance(data, list) else [data]) if type(t) is torch.Tensor)
 
 
 def _statistics_logged(original: Callable[..., Any], logger: Any) -> Any:

@@ -22,10 +22,12 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -36,6 +38,8 @@ from transport import Endpoint, TransportError
 
 _log = logging.getLogger("vllm.tensorferry")
 
+_PIECE = 16 << 20  # at most this much is copied by one thread in one go
+_LEAST_PIECE = 1 << 20
 _TAKE_TIMEOUT = 10.0  # it was sent before vLLM's message that asks for it
 _ENGINE, _WORKER = "engine{}", "worker-{}-{}"  # the latter: pid of its EngineCore, own pid
 
@@ -57,9 +61,9 @@ class _Party:
         atexit.register(self.close)
 
     def put(self, tensor: torch.Tensor, readers: list[str]) -> Key | None:
-        """Send a tensor to those readers; None: it must go vLLM's way."""
+        """Send a tensor, or a loan of the ring, to those readers; None: it must go vLLM's way."""
         nbytes = tensor.nbytes
-        if not tensor.is_cpu or not self.settings.transport.inline_below <= nbytes:
+        if not self.suits(tensor):
             return None
         if nbytes > self.settings.largest:
             return self._refused("larger than the ring", nbytes)
@@ -73,6 +77,10 @@ class _Party:
             return self._refused(type(error).__name__, nbytes)
         self.counts.add(self._hop, "copied out" if copy else "ring", nbytes)
         return self.name, number
+
+    def suits(self, tensor: torch.Tensor) -> bool:
+        """Whether it is worth the ring; what is small, or on a device, is vLLM's."""
+        return tensor.is_cpu and tensor.nbytes >= self.settings.transport.inline_below
 
     def measure(self) -> None:
         """See how full the ring is, before the tensors of one message."""
@@ -115,6 +123,8 @@ class Front(_Party):
     def __init__(self, settings: Settings, vllm_address: str) -> None:
         self._ready: frozenset[str] = frozenset()
         self._target: str | None = None
+        self._lent: dict[int, Key | None] = {}  # by id of the tensor, of the message that is being encoded
+        self._pool = ThreadPoolExecutor(settings.transport.threads, thread_name_prefix="tensorferry-copy")
         self._since = time.monotonic()
         super().__init__(settings, f"front-{os.getpid()}-{secrets.token_hex(4)}", FRONT, "front")
         self.endpoint.listen(front_address(vllm_address))
@@ -130,24 +140,64 @@ class Front(_Party):
             time.sleep(0.01)
 
     @contextmanager
-    def sending_to(self, engine: bytes) -> Iterator[None]:
-        """What is encoded meanwhile is for the engine of that identity of vLLM's."""
+    def sending_to(self, engine: bytes, tensors: Sequence[torch.Tensor] = ()) -> Iterator[None]:
+        """What is encoded meanwhile is for the engine of that identity of vLLM's.
+
+        tensors: those of the message as far as they are known: copied all at a time, by several threads.
+        """
         self._target = _ENGINE.format(int.from_bytes(engine, "little"))
         try:
+            if self._target in self._ready:
+                self.measure()
+                self._lend_all([tensor for tensor in tensors if self.suits(tensor)], self._target)
             yield
         finally:
             self._target = None
+            self._lent.clear()
 
     def lend(self, tensor: torch.Tensor) -> dict[str, Any] | None:
         """What vLLM's message carries in place of the tensor; None: the tensor itself."""
-        if self._target is None:
+        if self._target is None or not self.suits(tensor):
             return None
         if self._target not in self._ready:
-            if tensor.nbytes >= self.settings.transport.inline_below:
-                self._refused("not linked", tensor.nbytes)
+            self._refused("not linked", tensor.nbytes)
             return None
-        key = self.put(tensor, [self._target])
+        lent = id(tensor) in self._lent
+        key = self._lent[id(tensor)] if lent else self.put(tensor, [self._target])
         return None if key is None else {"tensorferry": list(key)}
+
+    def _lend_all(self, tensors: Sequence[torch.Tensor], target: str) -> None:
+        """Send the tensors in order, each when its copy is done; what finds no room is left to `lend`."""
+        copies = self._copies(tensors) if len(tensors) > 1 else []
+        try:
+            for tensor, loan, parts in copies:
+                for part in parts:
+                    part.result()  # a copy waits for nobody
+                self._lent[id(tensor)] = self.put(loan, [target])
+        finally:
+            wait([part for _, _, parts in copies for part in parts])
+
+    def _copies(
+        self, tensors: Sequence[torch.Tensor]
+    ) -> list[tuple[torch.Tensor, torch.Tensor, list[Future[None]]]]:
+        """Tensors, their places in the ring, and the copies there that are under way."""
+        total = sum(tensor.nbytes for tensor in tensors)
+        piece = max(_LEAST_PIECE, min(_PIECE, total // (2 * self.settings.transport.threads)))
+        copies = []
+        for tensor in tensors:
+            if not tensor.is_contiguous() or tensor.nbytes > self.settings.largest:
+                continue
+            try:
+                with self.endpoint.loan(tensor.shape, tensor.dtype, timeout=0.0) as loan:
+                    copies.append((tensor, loan, self._copy(tensor, loan, piece)))
+            except (TransportError, TypeError):
+                break
+        return copies
+
+    def _copy(self, tensor: torch.Tensor, loan: torch.Tensor, piece: int) -> list[Future[None]]:
+        source, target = (t.detach().reshape(-1).view(torch.uint8).numpy() for t in (tensor, loan))
+        slices = [slice(start, start + piece) for start in range(0, len(source), piece)]
+        return [self._pool.submit(np.copyto, target[part], source[part]) for part in slices]
 
     def notice(self, sender: str, body: dict[str, Any]) -> None:
         if "counts" in body:

@@ -63,7 +63,6 @@ def image(seed: int = 0, shape: tuple[int, ...] = IMAGE) -> torch.Tensor:
 
 
 def lend(front: Front, tensor: torch.Tensor, engine: bytes = ENGINE) -> dict[str, object] | None:
-    front.measure()
     with front.sending_to(engine):
         return front.lend(tensor)
 
@@ -104,6 +103,33 @@ def test_slices_of_one_storage_are_records_of_their_own(pair: tuple[Front, Core]
     assert torch.equal(torch.cat(got), prompt)
     del got[1:]
     until(lambda: used(front) < 2 * prompt.nbytes // 4)
+
+
+def test_the_tensors_of_a_request_are_copied_together_and_are_records_of_their_own(
+    pair: tuple[Front, Core],
+) -> None:
+    front, core = pair
+    prompt = image(shape=(4 * 512, 1176))
+    strided = image(shape=(1176, 512)).t()
+    parts = [*prompt.split(512), strided]
+    with front.sending_to(ENGINE, parts):
+        metas = [front.lend(part) for part in parts]
+    got = [provide(core, meta) for meta in metas]
+    assert torch.equal(torch.cat(got[:4]), prompt)
+    assert torch.equal(got[4], strided)
+    assert {how for _, how, _, _ in front.counts.rows()} == {"ring"}
+    del got[1:]
+    until(lambda: used(front) < 2 * prompt.nbytes // 4)
+
+
+def test_of_a_request_too_large_for_the_ring_some_tensors_go_vllms_way(pair: tuple[Front, Core]) -> None:
+    front, core = pair
+    parts = [image(seed) for seed in range(20)]  # 24 MB into 16
+    with front.sending_to(ENGINE, parts):
+        metas = [front.lend(part) for part in parts]
+    got = {seed: provide(core, meta) for seed, meta in enumerate(metas) if meta is not None}
+    assert 0 < len(got) < 20
+    assert all(torch.equal(tensor, image(seed)) for seed, tensor in got.items())
 
 
 def test_what_the_ring_is_not_for_goes_vllms_way(pair: tuple[Front, Core]) -> None:
