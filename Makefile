@@ -17,7 +17,7 @@ VLLM := vllm==0.25.1
 
 # Relative, so that a checkout whose path has a space in it works.
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP = $(BIN)/python -m pip --disable-pip-version-check
 PINS := constraints.txt
 TORCH_PIN := $(shell sed -n 's/^torch==//p' constraints.txt)
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
@@ -34,7 +34,7 @@ INSTALL_TORCH = $(PIP) install -c $(PINS) $(if $(TORCH_INDEX),--index-url $(TORC
 	{ echo "no CPU build of torch in the package index: installing the default build"; $(PIP) install -c $(PINS) torch; }
 endif
 
-.PHONY: help run test check bench bench-peers stress clean
+.PHONY: help run test test-vllm check bench bench-peers stress clean
 .DEFAULT_GOAL := help
 
 help: ## list what can be made
@@ -45,6 +45,9 @@ run: .venv/installed ## encode photographs; ARGS="--data-parallel-size 2 my-phot
 
 test: .venv/installed ## the test suite, without the stress tests; ARGS="-k ring"
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-vllm: .venv-vllm/installed ## the plugin in real vLLM, without a GPU, in an environment of its own
+	.venv-vllm/bin/python -m pytest tests/vllm $(ARGS)
 
 check: .venv/installed ## lint, format, types
 	$(BIN)/ruff check .
@@ -61,7 +64,7 @@ stress: .venv/installed ## the tests that run for minutes, one at a time
 	$(BIN)/python -m pytest -m stress --timeout 3600 $(ARGS)
 
 clean: ## remove what make made
-	rm -rf .venv .venv-peers build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-vllm build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Some systems ship Python without ensurepip; their own pip then fills the environment.
@@ -82,4 +85,13 @@ clean: ## remove what make made
 		"$$(.venv-peers/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
 	$(PIP) --python .venv-peers/bin/python install -c $(PINS) -r bench/peers/requirements.txt
 	$(PIP) --python .venv-peers/bin/python install --no-deps $(VLLM)
+	touch $@
+
+# vLLM's wheel without what it requires for CUDA, beside the CPU build of torch.
+.venv-vllm/installed: BIN := .venv-vllm/bin
+.venv-vllm/installed: tests/vllm/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	$(INSTALL_TORCH)
+	$(PIP) install --no-deps -r tests/vllm/requirements.txt
+	$(PIP) install --no-deps -e .
 	touch $@
