@@ -237,7 +237,7 @@ def _pickling_for(core: Core) -> Iterator[None]:
     core.measure()
     _pickling.core = core
     later = hasattr(shm_broadcast, "_reduce_tensor")
-    before = shm_broadcast._reduce_tensor if later else copyreg.dispatch_table.get(torch.Tensor)
+    before: Any = shm_broadcast._reduce_tensor if later else copyreg.dispatch_table.get(torch.Tensor)
     if later:
         shm_broadcast._reduce_tensor = functools.partial(_reduce, before)
     else:
@@ -261,7 +261,7 @@ def _reduce(original: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> An
 
 
 def _reduce_as_torch(tensor: torch.Tensor) -> Any:
-    return tensor.__reduce_ex__(5)
+    return tensor.__reduce_ex__(5)  # type: ignore[no-untyped-call]
 
 
 # ---------------------------------------------------------------------- the workers

@@ -34,7 +34,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from engine.vllm.counts import FRONT, WORKERS, Counts
 from engine.vllm.mailbox import Key, Mailbox
 from engine.vllm.settings import Settings, core_address, exists, front_address
-from transport import Endpoint, TransportError
+from transport import Endpoint, Message, TransportError
 
 _log = logging.getLogger("vllm.tensorferry")
 
@@ -66,7 +66,8 @@ class _Party:
         if not self.suits(tensor):
             return None
         if nbytes > self.settings.largest:
-            return self._refused("larger than the ring", nbytes)
+            self._refused("larger than the ring", nbytes)
+            return None
         number = next(self._numbers)
         self._used += nbytes
         copy = self._used > self.settings.copy_above * self.settings.transport.ring_bytes
@@ -74,7 +75,8 @@ class _Party:
         try:
             self.endpoint.try_send(body, to=readers)
         except (TransportError, TypeError) as error:
-            return self._refused(type(error).__name__, nbytes)
+            self._refused(type(error).__name__, nbytes)
+            return None
         self.counts.add(self._hop, "copied out" if copy else "ring", nbytes)
         return self.name, number
 
@@ -246,18 +248,20 @@ class Core(_Party):
 
     def hand_on(self, tensor: torch.Tensor) -> tuple[str, Key] | None:
         """What the workers take the tensor by: (sender, key). None: vLLM must pickle it."""
-        if tensor.nbytes < self.settings.transport.inline_below or not tensor.is_cpu:
+        if not self.suits(tensor):
             return None
         if len(self._workers) < self._expected:
-            return self._refused("not linked", tensor.nbytes)
-        message = self._lent.get(tensor)
+            self._refused("not linked", tensor.nbytes)
+            return None
+        message: Message | None = self._lent.get(tensor)  # type: ignore[no-untyped-call]
         if message is None:
             key = self.put(tensor, self._workers)
             return None if key is None else (self.name, key)
         try:
             self.endpoint.forward(message, to=self._workers, timeout=0.0)
         except TransportError as error:
-            return self._refused(type(error).__name__, tensor.nbytes)
+            self._refused(type(error).__name__, tensor.nbytes)
+            return None
         self.counts.add(WORKERS, "handle", tensor.nbytes)
         return self.name, (message.body["front"], message.body["number"])
 

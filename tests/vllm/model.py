@@ -1,4 +1,4 @@
-"""A folder with a model of Qwen2-VL's shape, small, with a byte tokenizer and no weights (`load_format="dummy"`)."""
+"""A folder with a small model of Qwen2-VL's shape, a byte tokenizer, no weights (`load_format="dummy"`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_model(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.save(str(folder / "tokenizer.json"))
-    numbers = {text: tokenizer.token_to_id(text) for text in SPECIAL}
+    numbers = {text: int(tokenizer.token_to_id(text) or 0) for text in SPECIAL}
     for name, content in _files(numbers).items():
         (folder / name).write_text(json.dumps(content))
 

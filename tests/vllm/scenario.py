@@ -134,7 +134,9 @@ def main() -> None:
     layout, side = given.pop("layout", [2, 2]), given.pop("side", 280)
     repeats, same, kill = given.pop("repeats", 2), given.pop("same_images", False), given.pop("kill", "")
     mode = given.pop("mode", "offline")
-    batches = [prompts(*layout, side, first=0 if same else 1000 * repeat) for repeat in range(repeats)]
+    batches = [
+        prompts(layout[0], layout[1], side, first=0 if same else 1000 * repeat) for repeat in range(repeats)
+    ]
     options = arguments(given)
     offline_ = mode == "offline"
     said, counted = offline(options, batches, kill) if offline_ else asyncio.run(served(options, batches))

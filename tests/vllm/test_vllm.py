@@ -108,8 +108,14 @@ def test_the_processor_cache(model: Path) -> None:
 def test_tensor_parallel_workers_get_handles(model: Path) -> None:
     result = run(model, additional_config=ferry(), tensor_parallel_size=2)
     assert result["said"] == stock(model, tensor_parallel_size=2)
-    assert result["ways"]["engine: engine to workers: handle"] == [8, 8 * TENSOR]
-    assert result["ways"]["worker: taken by a worker: ring"] == [16, 16 * TENSOR]
+    ways = result["ways"]
+    # A worker that maps the front end's ring only just now has the first tensors pickled.
+    handles, pickled = (
+        ways.get(f"engine: engine to workers: {way}", [0])[0] for way in ("handle", "vLLM (Full)")
+    )
+    assert handles >= 4
+    assert handles + pickled == 8
+    assert ways["worker: taken by a worker: ring"] == [2 * handles, 2 * handles * TENSOR]
 
 
 def test_data_parallel(model: Path) -> None:

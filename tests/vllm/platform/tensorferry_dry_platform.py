@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-_libraries: list[torch.library.Library] = []
+_libraries: list[Any] = []
 _values = torch.empty(0)  # of the layer that is being computed
 
 
@@ -57,7 +57,7 @@ _KERNELS: dict[str, Callable[..., Any]] = {
 
 
 def _define(namespace: str, schema: str, kernel: Callable[..., Any]) -> None:
-    library = torch.library.Library(namespace, "FRAGMENT")
+    library: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define(schema)
     library.impl(schema.partition("(")[0], kernel, "CompositeExplicitAutograd")
     _libraries.append(library)
