@@ -1,0 +1,107 @@
+"""The plugin's hooks around stand-ins of the shape of vLLM's classes; real vLLM is in tests/vllm."""
+
+from __future__ import annotations
+
+import copyreg
+import logging
+import sys
+import types
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import pytest
+import torch
+
+from engine import vllm_plugin
+from engine.vllm import check
+from engine.vllm.roles import Core
+
+
+def test_without_vllm_nothing_is_hooked_and_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    vllm_plugin.register()
+    vllm_plugin.register()
+    assert not caplog.records
+    assert "vllm" not in sys.modules
+
+
+def test_what_is_not_known_is_left_alone_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.v1", types.ModuleType("vllm.v1"))
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine", types.ModuleType("vllm.v1.engine"))
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine.core", types.ModuleType("vllm.v1.engine.core"))
+    with caplog.at_level(logging.WARNING, "vllm.tensorferry"):
+        vllm_plugin.register()
+    assert "the EngineCore is not as known here" in caplog.text
+
+
+class _Gone(Core):
+    """An EngineCore's end that has lost everything."""
+
+    def __init__(self) -> None:
+        pass
+
+    def provide(self, shape: tuple[int, ...], dtype: str, meta: dict[str, Any]) -> torch.Tensor:
+        raise LookupError("tensor 3 of front-1 did not come")
+
+
+class _Request:
+    request_id = "r-1"
+
+
+def test_a_lost_tensor_fails_its_request_alone() -> None:
+    provider = vllm_plugin._Provider(_Gone())
+    engine = types.SimpleNamespace(tensor_ipc_receiver=provider)
+    tensor = provider("bfloat16", (2, 3), {"tensorferry": ["front-1", 3]})
+    assert tensor.device.type == "meta"  # no bytes: it can't be taken for the image
+    with pytest.raises(RuntimeError, match=r"request r-1 are lost: tensor 3 of front-1"):
+        vllm_plugin._request_came(lambda *_: "added", engine, _Request())
+    assert vllm_plugin._request_came(lambda *_: "added", engine, _Request()) == "added"
+
+
+@pytest.mark.parametrize("before", [None, lambda tensor: (str, ("before",))], ids=["torch's", "another's"])
+def test_tensors_are_pickled_otherwise_only_while_a_queue_is_written(
+    monkeypatch: pytest.MonkeyPatch, before: Callable[..., Any] | None
+) -> None:
+    broadcast = types.ModuleType("vllm.distributed.device_communicators.shm_broadcast")
+    parent = types.ModuleType("vllm.distributed.device_communicators")
+    parent.shm_broadcast = broadcast  # type: ignore[attr-defined]
+    for name, module in {
+        "vllm": types.ModuleType("vllm"),
+        "vllm.distributed": types.ModuleType("vllm.distributed"),
+        parent.__name__: parent,
+        broadcast.__name__: broadcast,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    if before is not None:
+        monkeypatch.setitem(copyreg.dispatch_table, torch.Tensor, before)
+
+    class Handing(_Gone):
+        def measure(self) -> None:
+            pass
+
+        def hand_on(self, tensor: torch.Tensor) -> tuple[str, tuple[str, int]] | None:
+            return ("engine0", ("front-1", 7)) if tensor.numel() > 1 else None
+
+    with vllm_plugin._pickling_for(Handing()):
+        reduce: Any = copyreg.dispatch_table[torch.Tensor]
+        assert reduce(torch.zeros(2)) == (vllm_plugin.take, ("engine0", ("front-1", 7)))
+        small = reduce(torch.zeros(1))
+    assert small == (str, ("before",)) if before else small[0] is torch._utils._rebuild_tensor_v2
+    assert copyreg.dispatch_table.get(torch.Tensor) is before
+
+
+def test_no_worker_takes_nothing() -> None:
+    with pytest.raises(RuntimeError, match="no worker"):
+        vllm_plugin.take("engine0", ("front-1", 1))
+
+
+def test_doctor_says_that_there_is_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(_name: str) -> str:
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr(metadata, "version", absent)
+    (line,) = check.lines()
+    assert (line.status, line.found) == ("problem", "not installed here")
