@@ -34,6 +34,11 @@ class TransportConfig:
     max_control_bytes: int = _option(16 << 20, "largest control message, inline tensors included", least=4096)
     max_peers: int = _option(256, "links at a time; more are refused", least=1)
     max_queued_messages: int = _option(1024, "unacknowledged messages for one peer", least=1)
+    max_queued_bytes: int = _option(
+        256 << 20,
+        "unacknowledged bytes of such messages: bodies, handles, inline tensors, frames",
+        least=4096,
+    )
     max_tensors: int = _option(16384, "tensors in one message, and records in the ring", least=1)
     max_readers: int = _option(64, "processes that may map the ring at a time", least=1, most=64)
     detour_bytes: int = _option(64 << 20, "unacknowledged bytes for one peer outside the ring", least=1 << 16)

@@ -201,7 +201,7 @@ class Exchange:
         if isinstance(message, wire_types.Numbered):
             link.settle(message.seen)
             self.config.emit("receive.arrived", peer=link.peer.name, number=message.number)
-            self.receiver.arrive(link, message, arrived.frames)
+            self.receiver.arrive(link, message, arrived.frames, arrived.nbytes)
         elif isinstance(message, Acknowledgement):
             link.settle(message.seen)
         elif isinstance(message, Offered):

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 from transport import message as wire_types
 from transport.backends.base import Bytes, Peer
@@ -26,8 +27,21 @@ def _nothing() -> None:
     """What a message without content keeps."""
 
 
+class _Sent(NamedTuple):
+    """A message that was sent and not acknowledged: `nbytes` of tensors, `queued` bytes on the wire."""
+
+    number: int
+    since: float
+    nbytes: int
+    queued: int
+    keeps: Release
+
+
 class Link:
-    """The state of one link; `window` is how many messages may be unacknowledged."""
+    """The state of one link; `window` is how many messages may be unacknowledged, of `window_bytes` in all.
+
+    A single message may exceed the bytes, which then go alone.
+    """
 
     def __init__(
         self,
@@ -37,6 +51,7 @@ class Link:
         *,
         address: str,
         window: int,
+        window_bytes: int,
         patience: int,
         accepts: Sequence[str],
     ) -> None:
@@ -49,14 +64,18 @@ class Link:
         self.stores: frozenset[int] = frozenset()  # what the peer can open handles of
         self.arrived = 0  # the number of the last message that came
         self.taken = 0  # every message up to this number was taken
+        # What these messages took up on the wire; each number has one thread that writes it.
+        self.arrived_bytes = self.taken_bytes = 0
         self._wire = wire
         self._window = window
+        self._window_bytes = window_bytes
+        self._queued = 0  # bytes of messages that were not acknowledged
         self._patience = patience
         self._owed = 0  # bytes of messages that were taken and not acknowledged
         self._lock = threading.Lock()
         self._sent = 0
         self._pinged = 0  # the number of the last ping
-        self._unacknowledged: deque[tuple[int, float, int, Release]] = deque()
+        self._unacknowledged: deque[_Sent] = deque()
         self._acknowledged = 0  # what the peer was told of `taken`
         self._overtakers: set[int] = set()  # messages that were taken before others that came before them
 
@@ -70,8 +89,8 @@ class Link:
     ) -> int:
         """Number and send one message; `keeps` is called when it is acknowledged or the link ends.
 
-        build: (link, number, seen) → the message. Returns the number. `PeerGone`, or `Full` when the window
-        is used up; the message was not sent then and `keeps` is not called.
+        build: (link, number, seen) → the message. Returns the number. `PeerGone`, or `Full` when the window,
+        in messages or bytes, is used up; the message was not sent then and `keeps` is not called.
         """
         with self._lock:
             if self.ended:
@@ -81,11 +100,16 @@ class Link:
             number = self._sent + 1
             seen = self.taken
             control = wire_types.encode(build(self.peer.link, number, seen))
-            self._unacknowledged.append((number, time.monotonic(), nbytes, keeps))
+            queued = len(control) + sum([frame.nbytes for frame in frames])
+            if self._queued and self._queued + queued > self._window_bytes:
+                raise Full(f"{queued} bytes more would exceed max_queued_bytes; {self.overdue()}")
+            self._unacknowledged.append(_Sent(number, time.monotonic(), nbytes, queued, keeps))
+            self._queued += queued
             try:
                 self._wire.post(self.route, control, frames)
             except BaseException as error:
                 self._unacknowledged.pop()
+                self._queued -= queued
                 if isinstance(error, Busy):
                     raise Full(f"the queue to {self} is full") from error
                 if isinstance(error, Unreachable):
@@ -124,10 +148,11 @@ class Link:
         """The peer took every message up to `number`."""
         with self._lock:
             settled = []
-            while self._unacknowledged and self._unacknowledged[0][0] <= number:
+            while self._unacknowledged and self._unacknowledged[0].number <= number:
                 settled.append(self._unacknowledged.popleft())
-        for _, _, _, keeps in settled:
-            keeps()
+                self._queued -= settled[-1].queued
+        for sent in settled:
+            sent.keeps()
 
     def take(self, number: int, nbytes: int) -> None:
         """A message was taken. Many or large ones are acknowledged at once, others with what is sent next."""
@@ -158,14 +183,19 @@ class Link:
             self.ended = reason
             left = list(self._unacknowledged)
             self._unacknowledged.clear()
-        for _, _, _, keeps in left:
-            keeps()
+        for sent in left:
+            sent.keeps()
         return True
 
     @property
     def waiting(self) -> int:
         """Messages that came and were not taken: the two numbers have different writers, one thread each."""
         return self.arrived - self.taken - len(self._overtakers)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What the messages that came and were not taken take up."""
+        return self.arrived_bytes - self.taken_bytes
 
     @property
     def unacknowledged(self) -> int:
@@ -175,15 +205,15 @@ class Link:
     def oldest(self) -> float:
         """For how many seconds the oldest message has not been acknowledged; 0 when there is none."""
         entries = list(self._unacknowledged)
-        return time.monotonic() - entries[0][1] if entries else 0.0
+        return time.monotonic() - entries[0].since if entries else 0.0
 
     def overdue(self) -> str:
         """Who is late with what, since when, for a person."""
-        entries = [entry for entry in list(self._unacknowledged) if entry[3] is not _nothing]
+        entries = [entry for entry in list(self._unacknowledged) if entry.keeps is not _nothing]
         if not entries:
             return f"{self} has acknowledged everything"
-        oldest = time.monotonic() - entries[0][1]
-        nbytes = sum(entry[2] for entry in entries)
+        oldest = time.monotonic() - entries[0].since
+        nbytes = sum(entry.nbytes for entry in entries)
         return (
             f"{self} has not acknowledged {len(entries)} messages ({nbytes} bytes),"
             f" the oldest {oldest:.1f} s old"

@@ -16,6 +16,7 @@ from transport.errors import ProtocolError
 from transport.tensors import TensorSpec
 
 VERSION: Final = 1
+MAX_WINDOW_BYTES: Final = (1 << 63) - 1
 
 Word = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Name = Annotated[str, Meta(min_length=1, max_length=64)]
@@ -30,8 +31,8 @@ class _Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=F
 class Hello(_Message, tag=1):
     """From who connects: `nonce` comes back in the welcome.
 
-    window: so many messages may be unacknowledged. patience: so many bytes may wait for an
-    acknowledgement that travels with something else.
+    window: so many messages may be unacknowledged, of window_bytes in all. patience: so many bytes may wait
+    for an acknowledgement that travels with something else.
     """
 
     version: int
@@ -41,6 +42,7 @@ class Hello(_Message, tag=1):
     window: Annotated[int, Meta(ge=1)]
     patience: Word
     accepts: Accepts
+    window_bytes: Annotated[int, Meta(ge=1)] = MAX_WINDOW_BYTES
 
 
 class Welcome(_Message, tag=2):
@@ -53,6 +55,7 @@ class Welcome(_Message, tag=2):
     window: Annotated[int, Meta(ge=1)]
     patience: Word
     accepts: Accepts
+    window_bytes: Annotated[int, Meta(ge=1)] = MAX_WINDOW_BYTES
 
 
 class Refused(_Message, tag=3):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,15 @@ from transport.staging import Batch, Stage, finished
 from transport.tensors import Source, Tensor, source_of, view
 
 _ELSEWHERE: Bytes = np.empty(0, np.uint8)  # for a tensor of which nothing is open here
-_Waiting = tuple[Link, Numbered, Sequence[Bytes]]
+
+
+class _Waiting(NamedTuple):
+    """A message that came and was not taken; `nbytes` is what it takes up."""
+
+    link: Link
+    message: Numbered
+    frames: Sequence[Bytes]
+    nbytes: int
 
 
 class Message:
@@ -101,16 +109,21 @@ class Receiver:
 
     # ------------------------------------------------------------------ arrival
 
-    def arrive(self, link: Link, message: Numbered, frames: Sequence[Bytes]) -> None:
-        """A numbered message came. Nothing is opened before somebody takes it."""
+    def arrive(self, link: Link, message: Numbered, frames: Sequence[Bytes], nbytes: int) -> None:
+        """A numbered message came, of `nbytes` bytes in all. Nothing is opened before somebody takes it."""
         if message.number != link.arrived + 1:
             raise ProtocolError(f"message {message.number} follows message {link.arrived}")
         if link.waiting >= self._config.max_queued_messages:
             raise ProtocolError(
                 f"more than {link.waiting} messages were not waited for (max_queued_messages)"
             )
+        if link.waiting_bytes and link.waiting_bytes + nbytes > self._config.max_queued_bytes:
+            raise ProtocolError(
+                f"{nbytes} bytes more than the {link.waiting_bytes} that wait exceed max_queued_bytes"
+            )
         link.arrived = message.number
-        self.queue.append((link, message, frames))
+        link.arrived_bytes += nbytes
+        self.queue.append(_Waiting(link, message, frames, nbytes))
 
     # ------------------------------------------------------------------ taking
 
@@ -136,9 +149,12 @@ class Receiver:
 
         Those whose bytes come by themselves are taken in the order of their link; others overtake them.
         """
+        queue = self.queue
+        if not queue or not self._comes_later(queue[0].message):
+            return queue[0] if queue else None
         late: set[Link] = set()
-        for waiting in list(self.queue):  # others append to it meanwhile
-            link, message, _ = waiting
+        for waiting in list(queue):  # others append to it meanwhile
+            link, message = waiting.link, waiting.message
             if not self._comes_later(message):
                 return waiting
             if link not in late and self._is_ready(waiting):
@@ -153,7 +169,7 @@ class Receiver:
         return not isinstance(message, Ping)
 
     def _is_ready(self, waiting: _Waiting) -> bool:
-        link, message, _ = waiting
+        link, message = waiting.link, waiting.message
         return all(
             self.inbounds[place.backend].is_ready(link.peer, bytes(place.handle))
             for place in _places(message)
@@ -161,7 +177,7 @@ class Receiver:
         )
 
     def _take_data(self, waiting: _Waiting, type_: Any, *, copy: bool, stage: Stage | None) -> Message:
-        link, data, frames = waiting
+        link, data, frames, _ = waiting
         assert isinstance(data, Data)
         references = data.tensors
         arrays: list[Bytes] = []
@@ -270,7 +286,7 @@ class Receiver:
         return inbound
 
     def _take_other(self, waiting: _Waiting, stage: Stage | None) -> None:
-        link, message, frames = waiting
+        link, message, frames, _ = waiting
         try:
             if isinstance(message, Part):
                 self._take_part(link, message, frames, stage)
@@ -303,11 +319,12 @@ class Receiver:
         self.counts["parts"] += 1
 
     def _taken(self, waiting: _Waiting, nbytes: int) -> None:
-        link, message, _ = waiting
+        link, message = waiting.link, waiting.message
         index = 0
         if self.queue[0] is not waiting:
             index = next(index for index, other in enumerate(list(self.queue)) if other is waiting)
         del self.queue[index]
+        link.taken_bytes += waiting.nbytes
         for place in _places(message):
             if place.backend in self._later and place.backend in self.inbounds:
                 self.inbounds[place.backend].taken(link.peer, bytes(place.handle))

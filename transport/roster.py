@@ -76,11 +76,11 @@ class Roster:
         """The answer to a hello that was judged bad."""
         return Refused(hello.nonce, reason)
 
-    def _terms(self) -> tuple[int, int, list[str]]:
-        """Window, patience, accepted backends. A small ring cannot wait long for an acknowledgement."""
+    def _terms(self) -> tuple[int, int, list[str], int]:
+        """Window, patience, accepted backends, bytes in the window. A small ring cannot wait for long."""
         config = self._config
         patience = min(_PATIENCE, config.ring_bytes // 64, config.detour_bytes // 64)
-        return config.max_queued_messages, patience, self._accepts
+        return config.max_queued_messages, patience, self._accepts, config.max_queued_bytes
 
     def _link(self, route: Route, peer: Peer, greeting: Hello | Welcome) -> Link:
         link = Link(
@@ -89,6 +89,7 @@ class Roster:
             peer,
             address=self._wire.address(route.socket),
             window=min(greeting.window, self._config.max_queued_messages),
+            window_bytes=min(greeting.window_bytes, self._config.max_queued_bytes),
             patience=greeting.patience,
             accepts=greeting.accepts,
         )

@@ -65,6 +65,11 @@ class Arrived(NamedTuple):
     control: bytes
     frames: list[Bytes]
 
+    @property
+    def nbytes(self) -> int:
+        """What it takes up in memory."""
+        return len(self.control) + sum([frame.nbytes for frame in self.frames])
+
 
 _Name = tuple[
     bool, object

@@ -75,6 +75,21 @@ def test_the_window_of_messages(address: str) -> None:
         assert near.receive().body == {"n": 6}
 
 
+def test_the_window_of_bytes(address: str) -> None:
+    config = transport.TransportConfig(backend="frames", max_queued_bytes=10_000)
+    with transport.listen(address, config=config) as front, joined(front, "near", config) as near:
+        front.try_send({"n": 0, "text": "x" * 20_000})  # alone, a message may be larger
+        with pytest.raises(transport.Full, match=r"max_queued_bytes; 'near' \(pid \d+\) .* 1 messages"):
+            front.try_send({"n": 1})
+        assert near.receive().body["n"] == 0
+        assert near.try_receive() is None
+        for number in (1, 2):
+            front.send({"n": number, "text": "x" * 4_000})
+        with pytest.raises(transport.Full, match="max_queued_bytes"):
+            front.try_send({"n": 3, "text": "x" * 4_000})
+        assert [near.receive().body["n"] for _ in range(2)] == [1, 2]
+
+
 def test_full_for_some_of_several(address: str) -> None:
     config = transport.TransportConfig(backend="frames", max_queued_messages=3)
     with (

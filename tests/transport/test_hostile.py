@@ -21,7 +21,12 @@ from transport.tensors import TensorSpec
 from transport.wire import Arrived, Route
 
 CONFIG = transport.TransportConfig(
-    backend="frames", timeout=WAIT, max_control_bytes=100_000, detour_bytes=1 << 20, max_queued_messages=50
+    backend="frames",
+    timeout=WAIT,
+    max_control_bytes=100_000,
+    detour_bytes=1 << 20,
+    max_queued_messages=50,
+    max_queued_bytes=500_000,
 )
 
 
@@ -229,6 +234,19 @@ def test_another_links_number(front: transport.Endpoint) -> None:
         raw.say(raw.data(1))
         until(lambda: front.statistics()["dropped"] == {"of another link": 1})
         assert front.try_receive() is None
+
+
+def test_more_bytes_than_the_window(front: transport.Endpoint) -> None:
+    with stranger(front) as raw:
+        raw.hello()
+        for number in range(1, 9):
+            raw.say(raw.data(number, {"text": "x" * 90_000}))
+        until(lambda: not front.peers)
+        assert "max_queued_bytes" in front.statistics()["left"]["raw"]
+        for _ in range(5):
+            front.receive()
+        assert front.try_receive() is None
+    lives(front)
 
 
 def test_more_messages_than_the_window(front: transport.Endpoint) -> None:
