@@ -9,7 +9,7 @@ import torch
 
 import transport
 from engine.staging import Stager, choose_device, staged
-from transport.conformance import WAIT, joined, noise
+from transport.conformance import WAIT, acknowledged, joined, noise
 
 
 def test_tensors_are_copied_out_of_the_ring_as_they_come(address: str) -> None:
@@ -31,9 +31,9 @@ def test_tensors_are_copied_out_of_the_ring_as_they_come(address: str) -> None:
             tensor = message.body["x"]
             del message
             near.try_receive()
-            assert front.statistics()["backend"]["shm"].get("ring", None) is None or (
-                front.statistics()["backend"]["shm"]["ring"].live == 0
-            )
+            acknowledged(front)
+            ring = front.statistics()["backend"]["shm"].get("ring")
+            assert ring is None or ring.live == 0  # nothing of the sender's is held, while the tensor lives
             assert tensor.equal(noise(nbytes))
             tensor += 1  # it is this process's own
 
