@@ -97,6 +97,9 @@ def offline(options: dict[str, Any], batches: list[list[dict[str, Any]]], kill: 
         said += map(answer, outputs)
         if kill:
             os.kill(child(kill), signal.SIGKILL)
+            resources = llm.llm_engine.engine_core.resources
+            while not resources.engine_dead:  # until vLLM has seen it
+                time.sleep(0.05)
             try:
                 llm.generate(batch, SamplingParams(max_tokens=2), use_tqdm=False)
             except Exception as error:  # noqa: BLE001  # its name is the result
