@@ -33,7 +33,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from engine.vllm.counts import FRONT, WORKERS, Counts
 from engine.vllm.mailbox import Key, Mailbox
-from engine.vllm.settings import Settings, core_address, exists, front_address
+from engine.vllm.settings import Settings, core_address, exists, front_address, sweep
 from transport import Endpoint, Message, TransportError
 
 _log = logging.getLogger("vllm.tensorferry")
@@ -129,6 +129,7 @@ class Front(_Party):
         self._pool = ThreadPoolExecutor(settings.transport.threads, thread_name_prefix="tensorferry-copy")
         self._since = time.monotonic()
         super().__init__(settings, f"front-{os.getpid()}-{secrets.token_hex(4)}", FRONT, "front")
+        sweep()
         self.endpoint.listen(front_address(vllm_address))
         self.mailbox.start()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import socket
 import stat
 import tempfile
 from collections.abc import Mapping
@@ -79,6 +80,19 @@ def front_address(vllm_address: str) -> str:
 def core_address(pid: int) -> str:
     """Where the EngineCore of that process listens for its workers, which are its children."""
     return f"ipc://{folder()}/{pid}.core"
+
+
+def sweep() -> None:
+    """Remove the sockets that killed processes left: nobody answers there."""
+    for path in folder().glob("*.*"):
+        if path.suffix in (".front", ".core"):
+            with socket.socket(socket.AF_UNIX) as asked:
+                try:
+                    asked.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink(missing_ok=True)
+                except OSError:  # gone just now, or busy
+                    continue
 
 
 def exists(address: str) -> bool:

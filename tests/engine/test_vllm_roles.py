@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from engine.vllm import counts, roles
 from engine.vllm.roles import Core, Front, Worker
-from engine.vllm.settings import Settings, settings_of
+from engine.vllm.settings import Settings, front_address, settings_of, sweep
 
 ENGINE = (0).to_bytes(2, "little")
 IMAGE = (512, 1176)  # 1.2 MB in bfloat16
@@ -226,6 +227,16 @@ def test_the_front_end_hears_what_its_engine_counts(address: str) -> None:
     finally:
         front.close()
         core.close()
+
+
+def test_sockets_of_the_dead_are_swept_and_others_are_not(pair: tuple[Front, Core], tmp_path: Path) -> None:
+    own = Path(front_address(f"ipc://{tmp_path}/vllm").removeprefix("ipc://"))
+    left = own.with_name("1.core")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(left))
+    sweep()
+    assert not left.exists()
+    assert own.exists()
 
 
 @pytest.mark.parametrize(
