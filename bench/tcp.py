@@ -52,10 +52,10 @@ class Turn(NamedTuple):
     checked: bool = False
 
 
-def _schedule() -> list[Turn]:
-    """The turns of all sizes, in an order that both ends know."""
+def _schedule(plan: Sequence[tuple[int, int]]) -> list[Turn]:
+    """The turns of a plan (size, timed messages of each kind), in an order that both ends know."""
     turns: list[Turn] = []
-    for nbytes, messages in SIZES.items():
+    for nbytes, messages in plan:
         turns += [Turn(nbytes, "column", 1, checked=True)] * WARM
         draw = random.Random(nbytes)
         for _ in range(messages):
@@ -64,14 +64,14 @@ def _schedule() -> list[Turn]:
     return turns
 
 
-def near(folder: Path, *, way: str, network: str) -> Report:
+def near(folder: Path, *, way: str, network: str, plan: Sequence[tuple[int, int]]) -> Report:
     """The sending end: seconds of every turn, by kind, number and size."""
     times: dict[str, list[float]] = {}
-    source: payload.Words = np.empty(max(SIZES) // 8, np.int64)
+    source: payload.Words = np.empty(max(plan)[0] // 8, np.int64)
     payload.fill(source, 1)
     sent = 0
     with near_end(folder, way, network) as (endpoint, floor):
-        for turn in _schedule():
+        for turn in _schedule(plan):
             words = source[: turn.nbytes // 8]
             if turn.kind == "floor":
                 seconds = _by_floor(floor, words, turn.ahead)
@@ -124,12 +124,12 @@ def _by_column(
     return seconds + time.perf_counter() - start
 
 
-def far(folder: Path, *, way: str, network: str) -> Report:
+def far(folder: Path, *, way: str, network: str, plan: Sequence[tuple[int, int]]) -> Report:
     """The receiving end: takes, checks and answers every turn."""
     verified = 0
-    buffer = memoryview(bytearray(max(SIZES)))
+    buffer = memoryview(bytearray(max(plan)[0]))
     with far_end(folder, way, network) as (endpoint, floor):
-        for turn in _schedule():
+        for turn in _schedule(plan):
             for _ in range(turn.ahead):
                 if turn.kind == "floor":
                     _take_floor(floor, buffer[: turn.nbytes])
@@ -175,19 +175,27 @@ def _check_way(endpoint: transport.Endpoint, way: str) -> None:
 
 def _rows(quick: bool) -> list[Row]:
     networks = NETWORKS[:1] if quick else NETWORKS
-    rows = [_row("bench.tcp:", way, network, _name(network, way)) for network in networks for way in WAYS]
+    plan: Json = [[nbytes, messages] for nbytes, messages in SIZES.items()]
+    rows = [
+        _row("bench.tcp:", way, network, _name(network, way), plan=plan)
+        for network in networks
+        for way in WAYS
+    ]
     rows += [
-        _row("bench.underway:control_", way, network, f"control {network} {way}")
+        _row("bench.underway:control_", way, network, f"control {network} {way}", nbytes=GIB)
         for network in networks
         for way in ("tcp", "frames")
     ]
-    rows += [_row("bench.underway:memory_", way, "loopback", f"memory {way}") for way in ("tcp", "frames")]
+    rows += [
+        _row("bench.underway:memory_", way, "loopback", f"memory {way}", nbytes=2 * GIB)
+        for way in ("tcp", "frames")
+    ]
     return rows
 
 
-def _row(function: str, way: str, network: str, name: str) -> Row:
+def _row(function: str, way: str, network: str, name: str, **sizes: Json) -> Row:
     parts = {end: f"{function}{end}" for end in ("near", "far")}
-    arguments: dict[str, Json] = {"way": way, "network": network}
+    arguments: dict[str, Json] = {"way": way, "network": network, **sizes}
     return Row(name=name, parts=parts, arguments=arguments, sample_memory="memory" in function, limit=240.0)
 
 
@@ -226,7 +234,13 @@ def _throughput(by_name: Mapping[str, Result], network: str, ahead: int) -> Grid
         total, size = nbytes * ahead, f"{nbytes // MIB} MiB"
         rates = [_cell(result, _rate(column, total)) for result in of]
         rows.append([size, _cell(of[0], _rate(floor, total)), *rates])
-        rows.append([f"{size}, x floor", "1", *(_cell(result, _ratio(column, floor)) for result in of)])
+        rows.append(
+            [
+                f"{size}, x floor",
+                _cell(of[0], _ratio(floor, floor)),
+                *(_cell(result, _ratio(column, floor)) for result in of),
+            ]
+        )
     what = "one at a time" if ahead == 1 else f"{ahead} at a time"
     note = f"aim: tcp within {AIM}x of the floor from 16 MiB on."
     columns = ["", "floor", *WAYS]

@@ -11,19 +11,20 @@ import torch
 
 import transport
 from bench import sampler
-from bench.hosts import GIB, MIB, TIMEOUT, far_end, near_end
+from bench.hosts import MIB, TIMEOUT, far_end, near_end
 from bench.part import Report, WrongAnswerError
 
 PINGS = 400
+_AT_ONCE, _AT_ONCE_TO_THE_SLOW = 128 * MIB, 64 * MIB
 
 
-def control_near(folder: Path, *, way: str, network: str) -> Report:
-    """Round trips of a small message, idle and while 1 GiB is under way; microseconds."""
+def control_near(folder: Path, *, way: str, network: str, nbytes: int) -> Report:
+    """Round trips of a small message, idle and while `nbytes` bytes are under way; microseconds."""
     with near_end(folder, way, network) as (endpoint, _):
         endpoint.send({"data": torch.zeros(MIB, dtype=torch.uint8)})
         idle = [_ping(endpoint, n) for n in range(PINGS)]
-        block = torch.zeros(128 * MIB, dtype=torch.uint8)
-        sending = threading.Thread(target=_send_all, args=(endpoint, block, GIB // block.nbytes))
+        block = torch.zeros(min(_AT_ONCE, nbytes), dtype=torch.uint8)
+        sending = threading.Thread(target=_send_all, args=(endpoint, block, nbytes // block.nbytes))
         sending.start()
         loaded: list[float] = []
         for n in itertools.count(PINGS):
@@ -48,7 +49,7 @@ def _ping(endpoint: transport.Endpoint, n: int) -> float:
     return (time.perf_counter() - start) * 1e6
 
 
-def control_far(folder: Path, *, way: str, network: str) -> Report:
+def control_far(folder: Path, *, way: str, network: str, nbytes: int) -> Report:  # as near
     """Answers pings, drops tensors."""
     verified = 0
     with far_end(folder, way, network) as (endpoint, _):
@@ -63,26 +64,26 @@ def control_far(folder: Path, *, way: str, network: str) -> Report:
     return Report(verified=verified)
 
 
-def memory_near(folder: Path, *, way: str, network: str) -> Report:
-    """Sends 2 GiB as fast as they go."""
+def memory_near(folder: Path, *, way: str, network: str, nbytes: int) -> Report:
+    """Sends `nbytes` bytes as fast as they go."""
     with near_end(folder, way, network) as (endpoint, _):
-        block = torch.zeros(64 * MIB, dtype=torch.uint8)
+        block = torch.zeros(_AT_ONCE_TO_THE_SLOW, dtype=torch.uint8)
         endpoint.send({"data": block[:MIB]})
         endpoint.receive()
         before = time.monotonic()
         sampler.wait_for_samples(folder, 20, timeout=TIMEOUT)
         after = time.monotonic()
-        _send_all(endpoint, block, 2 * GIB // block.nbytes)
+        _send_all(endpoint, block, nbytes // block.nbytes)
         endpoint.receive()
     return Report(values={"idle_from": before, "idle_to": after}, expected=1)
 
 
-def memory_far(folder: Path, *, way: str, network: str) -> Report:
+def memory_far(folder: Path, *, way: str, network: str, nbytes: int) -> Report:
     """Takes them one by one, without hurry."""
     with far_end(folder, way, network) as (endpoint, _):
         endpoint.receive()
         endpoint.send("ready")
-        for _ in range(2 * GIB // (64 * MIB)):
+        for _ in range(nbytes // _AT_ONCE_TO_THE_SLOW):
             endpoint.receive()
             time.sleep(0.02)
         endpoint.send("done")

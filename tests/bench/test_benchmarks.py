@@ -30,6 +30,7 @@ SMALL: Mapping[str, Mapping[str, Json]] = {
     "latency": {"plan": [[4 * KIB, 3], [MIB, 2]]},
     "scale": {"messages": 3},
     "gpu": {"sizes": [MIB], "times": 3, "messages": 3, "prompts": 1},
+    "tcp": {"plan": [[MIB, 1]], "nbytes": 128 * MIB},
 }
 RUN = [pytest.param(name, marks=pytest.mark.gpu) if name == "gpu" else name for name in BENCHMARKS]
 # What the other ways have in common with one of these need not be tried each time.
@@ -52,8 +53,9 @@ def small(name: str) -> list[Row]:
 
 
 def smaller(name: str, row: Row) -> dict[str, Json]:
-    """What to change; the rows of `gpu` have different arguments, of which each takes its own."""
-    return {key: value for key, value in SMALL[name].items() if name != "gpu" or key in row.arguments}
+    """What to change; where rows have different arguments, each takes its own."""
+    mixed = name in ("gpu", "tcp")
+    return {key: value for key, value in SMALL[name].items() if not mixed or key in row.arguments}
 
 
 @pytest.mark.parametrize("name", RUN)
