@@ -125,7 +125,8 @@ class Exchange:
         nonce = secrets.randbits(63)
         self._dialling[number] = nonce, None
         try:
-            self.wire.post(Route(number), wire_types.encode(self.roster.hello(nonce)))
+            with suppress(Unreachable, Busy):  # the connection has ended already, which `pump` will find
+                self.wire.post(Route(number), wire_types.encode(self.roster.hello(nonce)))
             while True:
                 self.pump()
                 answer = self._dialling[number][1]

@@ -158,7 +158,7 @@ class Handshake:
                 return draw.word() if wrong else _NONCE
             case "name":
                 return draw.text() if wrong else draw.pick(("stranger", "other", "third", "front"))
-            case "window" | "patience" | "seen" | "pid":
+            case "window" | "window_bytes" | "patience" | "seen" | "pid":
                 return draw.number()
             case "accepts":
                 return [draw.text() for _ in range(draw.byte() % 70)] if wrong else _BACKENDS[:3]
