@@ -34,7 +34,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from engine.vllm.counts import FRONT, WORKERS, Counts
 from engine.vllm.mailbox import Key, Mailbox
 from engine.vllm.settings import Settings, core_address, exists, front_address, sweep
-from transport import Endpoint, Message, TransportError
+from transport import Endpoint, Full, Message, TransportError
 
 _log = logging.getLogger("vllm.tensorferry")
 
@@ -55,6 +55,7 @@ class _Party:
         self.mailbox = Mailbox(self.endpoint, self.notice, self.look)
         self.pid = os.getpid()
         self._hop = hop
+        self._ringless = False  # no ring can be made here
         self._numbers = itertools.count(1)
         self._used = 0  # bytes of the ring, as of the last message and what it added
         # Before the endpoint's own finalizer takes the sockets from under the mailbox's thread.
@@ -98,11 +99,15 @@ class _Party:
 
     def offer(self) -> bool:
         """Let peers that have not proved it prove that they map the ring; whether one is still to answer."""
-        missing = {peer.name for peer in self.endpoint.peers if peer.held is None}
-        if missing:
+        if self._ringless or all(peer.held is not None for peer in self.endpoint.peers):
+            return False
+        try:
             with self.endpoint.loan((1,), torch.uint8, timeout=0.1):
                 pass  # making room is what makes the offers
-        return bool(missing)
+        except Full as error:
+            self._ringless = True
+            _log.warning("tensorferry: tensors go vLLM's way: %s", error)
+        return not self._ringless
 
     def notice(self, sender: str, body: dict[str, Any]) -> None:
         """A message without a tensor came."""

@@ -229,6 +229,21 @@ def test_the_front_end_hears_what_its_engine_counts(address: str) -> None:
         core.close()
 
 
+def test_where_no_ring_fits_all_goes_vllms_way_and_that_is_said_once(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = settings(ring_bytes=1 << 50)
+    core, front = Core(given, 0, [address], workers=0), Front(given, address)
+    try:
+        until(lambda: front._ringless)
+        assert front.wait_for([0], timeout=0.3) == []  # and it looks again and again meanwhile
+        assert lend(front, image()) is None
+        assert len([record for record in caplog.records if "does not fit" in record.getMessage()]) == 1
+    finally:
+        front.close()
+        core.close()
+
+
 def test_sockets_of_the_dead_are_swept_and_others_are_not(pair: tuple[Front, Core], tmp_path: Path) -> None:
     own = Path(front_address(f"ipc://{tmp_path}/vllm").removeprefix("ipc://"))
     left = own.with_name("1.core")
