@@ -253,8 +253,11 @@ class Wire:
 
     def drain(self, most: int) -> list[Arrived]:
         """What has come, `most` messages for each socket at a time; `fileno` stays readable for the rest."""
-        ready = self._epoll.poll(0, _EVENTS)
         arrived: list[Arrived] = []
+        try:
+            ready = self._epoll.poll(0, _EVENTS)
+        except ValueError:  # closed by another thread, which whoever called finds out at its next check
+            return arrived
         if not ready:
             return arrived
         fired = {descriptor for descriptor, _ in ready}
