@@ -32,7 +32,14 @@ SMALL: Mapping[str, Mapping[str, Json]] = {
     "gpu": {"sizes": [MIB], "times": 3, "messages": 3, "prompts": 1},
     "tcp": {"plan": [[MIB, 1]], "nbytes": 128 * MIB},
 }
-RUN = [pytest.param(name, marks=pytest.mark.gpu) if name == "gpu" else name for name in BENCHMARKS]
+# A row takes processes of its own, and with all of them the suite takes minutes more.
+APART = ("latency", "scale", "table", "tcp", "tensor-parallel")
+RUN = [
+    pytest.param(
+        name, marks=pytest.mark.gpu if name == "gpu" else pytest.mark.stress if name in APART else ()
+    )
+    for name in BENCHMARKS
+]
 # What the other ways have in common with one of these need not be tried each time.
 TRIED: Mapping[str, set[str]] = {
     "table": {"loan", "segment", "torch fd"},
@@ -233,7 +240,9 @@ def _without_tables(benchmark: report.Benchmark) -> report.Benchmark:
     return dataclasses.replace(benchmark, show=lambda results: [])
 
 
-@pytest.mark.parametrize("name", ["table", "latency", "scale"])
+@pytest.mark.parametrize(
+    "name", ["table", *(pytest.param(name, marks=pytest.mark.stress) for name in ("latency", "scale"))]
+)
 def test_slices_are_shown_and_drawn_without_measuring_again(name: str, tmp_path: Path) -> None:
     values: dict[str, Json] = {**_table_values(1.0), "us": [3.0, 4.0]}
     values |= {"4 KiB": [30.0], "1 MiB": [200.0], "16 MiB": [2000.0]}

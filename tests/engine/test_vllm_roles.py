@@ -22,14 +22,14 @@ RING = 16 << 20
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("engine.vllm.settings.tempfile.gettempdir", lambda: str(tmp_path))
+def _own_folder(monkeypatch: pytest.MonkeyPatch, short_path: Path) -> None:
+    monkeypatch.setattr("engine.vllm.settings.tempfile.gettempdir", lambda: str(short_path))
 
 
 @pytest.fixture
-def address(tmp_path: Path) -> str:
+def address(short_path: Path) -> str:
     """What vLLM's own socket would be bound to."""
-    return f"ipc://{tmp_path}/vllm"
+    return f"ipc://{short_path}/vllm"
 
 
 def settings(**options: object) -> Settings:
@@ -244,8 +244,8 @@ def test_where_no_ring_fits_all_goes_vllms_way_and_that_is_said_once(
         core.close()
 
 
-def test_sockets_of_the_dead_are_swept_and_others_are_not(pair: tuple[Front, Core], tmp_path: Path) -> None:
-    own = Path(front_address(f"ipc://{tmp_path}/vllm").removeprefix("ipc://"))
+def test_sockets_of_the_dead_are_swept_and_others_are_not(pair: tuple[Front, Core], short_path: Path) -> None:
+    own = Path(front_address(f"ipc://{short_path}/vllm").removeprefix("ipc://"))
     left = own.with_name("1.core")
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(left))
