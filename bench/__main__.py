@@ -91,9 +91,13 @@ def main(
     older = [report.read_json(piece, name, every) for piece in pieces]
     for number, (there, _) in enumerate(older):
         surroundings[f"added {number + 1}"] = "; ".join(there[key] for key in ("date", "load", "command"))
+    measured = [piece for _, piece in older]
     with report.progress(_console(stderr=True), sum(row.lacking is None for row in rows) * rounds) as done:
-        fresh = run(rows, rounds=rounds, seed=len(pieces), done=done) if rounds else []
-    results = report.in_order(report.merge([*(piece for _, piece in older), fresh]), every)
+        for first in range(rounds):
+            measured.append(run(rows, rounds=1, first=first, seed=1000 * len(pieces), done=done))
+            if file is not None:  # after every round: what is interrupted is not lost
+                report.write_json(file, name, surroundings, benchmark, _merged(measured, every))
+    results = _merged(measured, every)
     report.show(console, surroundings, benchmark, results)
     if file is not None:
         report.write_json(file, name, surroundings, benchmark, results)
@@ -103,6 +107,10 @@ def main(
         for drawn in benchmark.draw(good, figures, _caption(surroundings, good)):
             console.print(f"wrote {drawn}")
     sys.exit(1 if report.failures(results) else 0)
+
+
+def _merged(measured: Sequence[Sequence[Result]], every: Sequence[Row]) -> list[Result]:
+    return report.in_order(report.merge(measured), every)
 
 
 def _caption(surroundings: Mapping[str, str], results: Sequence[Result]) -> str:

@@ -115,16 +115,20 @@ def run(
     rows: Sequence[Row],
     *,
     rounds: int,
+    first: int = 0,
     seed: int = 0,
     done: Callable[[Row, Outcome], None] | None = None,
 ) -> list[Result]:
-    """Run every row once in each round, in an order drawn anew each time; `done` hears of each outcome."""
+    """Run every row once in each round, in an order drawn anew each time; `done` hears of each outcome.
+
+    `first` is the number of the first round, for a caller that asks for one round after the other.
+    """
     outcomes: dict[str, list[Outcome]] = {row.name: [] for row in rows}
     if len(outcomes) != len(rows):
         raise ValueError("two rows have the same name")
-    draw = random.Random(seed)
+    draw = random.Random(seed + first)
     there = [row for row in rows if row.lacking is None]
-    for number_ in range(rounds):
+    for number_ in range(first, first + rounds):
         for position, row in enumerate(draw.sample(there, len(there))):
             outcome = _run_once(row, round_=number_, position=position)
             outcomes[row.name].append(outcome)
