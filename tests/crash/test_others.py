@@ -74,9 +74,15 @@ def look(name: str, before: str = "", prefix: Sequence[str] = ()) -> list[str]:
 def dead(before: str = "", prefix: Sequence[str] = ()) -> str:
     """The name of a segment whose writer was killed."""
     with elsewhere(before, prefix) as (name, process):
-        process.kill()
+        _kill(process)
     until(lambda: not _held(name), "the lock of the dead is free")
     return name
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Not before it has ended may its input end: a child in another namespace would leave in peace."""
+    process.kill()
+    process.wait(WAIT)
 
 
 def there(name: str) -> bool:
@@ -105,7 +111,7 @@ def test_another_pid_namespace_sees_who_lives() -> None:
             assert there(writer.name)
             assert shm.sweep() == []
             assert there(name)
-            process.kill()
+            _kill(process)
         until(lambda: not _held(name), "the lock of the dead is free")
         assert shm.sweep() == [name]
         left = dead(prefix=_NAMESPACE)
@@ -131,7 +137,7 @@ def test_another_user_touches_nothing_of_ours() -> None:
             assert name not in shm.names()
             assert shm.sweep() == [ours]
             assert there(name)
-            process.kill()
+            _kill(process)
         theirs = name
         until(lambda: not _held(theirs), "the lock of the dead is free")
         assert shm.sweep() == []
