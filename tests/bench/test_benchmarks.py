@@ -33,7 +33,7 @@ SMALL: Mapping[str, Mapping[str, Json]] = {
     "tcp": {"plan": [[MIB, 1]], "nbytes": 128 * MIB},
 }
 # A row takes processes of its own, and with all of them the suite takes minutes more.
-APART = ("latency", "scale", "table", "tcp", "tensor-parallel")
+APART = ("idle", "latency", "memory", "scale", "table", "tcp", "tensor-parallel")
 RUN = [
     pytest.param(
         name, marks=pytest.mark.gpu if name == "gpu" else pytest.mark.stress if name in APART else ()

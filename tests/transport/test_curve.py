@@ -95,10 +95,11 @@ def test_a_flipped_byte_of_an_encrypted_connection_is_seen(keys: Keys) -> None:
         pumped = Pumped(stack.enter_context(joined(front, "near", keys.connecting(backend="tcp"))))
         stack.callback(pumped.stop)
         warm_up(front, pumped)
+        before = proxy.connections
         proxy.flips = [proxy.forwarded + 500_000]
         front.send({"value": noise(MIB)}, to="near")
         assert same(pumped.next().body["value"], noise(MIB))
-        assert proxy.connections == 2
+        assert proxy.connections > before
 
 
 @pytest.mark.parametrize("who", ["nobody", "stranger"])

@@ -297,7 +297,7 @@ def test_a_bad_tensor_costs_its_message_and_nothing_else(
 
 def test_a_shape_of_a_million_dimensions_costs_no_minutes(address: str) -> None:
     """Its size, a product of as many numbers, is not asked for before it is refused."""
-    config = dataclasses.replace(CONFIG, max_control_bytes=16 << 20)
+    config = dataclasses.replace(CONFIG, max_control_bytes=16 << 20, max_queued_bytes=32 << 20)
     with transport.listen(address, config=config) as front, stranger(front) as raw:
         raw.hello()
         shape = TensorSpec("|u1", (1 << 62,) * 1_500_000)

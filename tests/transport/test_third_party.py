@@ -39,7 +39,7 @@ def test_it_is_found_by_its_entry_point_and_loaded_when_named(installed: dict[st
     assert shown.stdout.split(maxsplit=2) == [
         "file",
         "tensorferry_file_backend",
-        "['frames', 'inline', 'shm']\n",
+        "['cuda', 'frames', 'inline', 'shm', 'tcp']\n",
     ]
 
 
