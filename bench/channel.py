@@ -247,23 +247,26 @@ def _cell(result: Result, measure: Callable[[Mapping[str, Json]], float]) -> str
 
 def _show(results: Sequence[Result]) -> list[Grid]:
     by_name = {result.row.name: result for result in results}
-    sizes = [nbytes for nbytes in SIZES if _name("shm", nbytes) in by_name]
+    measured = {result.row.arguments["column"] for result in results}
+    columns = [column for column in COLUMNS if column in measured]
+    sizes = [nbytes for nbytes in SIZES if _name(columns[0], nbytes) in by_name]
     times, ratios = [], []
-    first = [by_name[_name(column, sizes[0])] for column in COLUMNS]
+    first = [by_name[_name(column, sizes[0])] for column in columns]
     empty = [_cell(result, _median("empty")) for result in first]
     times.append(["empty", _cell(first[0], _median("note")), *empty])
     for nbytes in sizes:
-        row = [by_name[_name(column, nbytes)] for column in COLUMNS]
+        row = [by_name[_name(column, nbytes)] for column in columns]
         times.append(
             [_size(nbytes), _cell(row[0], _median("floor")), *(_cell(r, _median("column")) for r in row)]
         )
         ratios.append([_size(nbytes), *(_cell(r, _ratio("column", "floor")) for r in row)])
-        ratios[-1].append(_cell(row[1], _ratio("column", "empty")))
+        if "loan" in columns:
+            ratios[-1].append(_cell(row[columns.index("loan")], _ratio("column", "empty")))
     return [
-        Grid(title="channel: round trip, µs", columns=["", "floor", *COLUMNS], rows=times),
+        Grid(title="channel: round trip, µs", columns=["", "floor", *columns], rows=times),
         Grid(
             title="channel: ratio to the floor in the same processes",
-            columns=["", *COLUMNS, "loan to empty"],
+            columns=["", *columns, *(["loan to empty"] if "loan" in columns else [])],
             rows=ratios,
             notes=_verdicts(by_name, sizes),
         ),
@@ -278,8 +281,8 @@ def _verdicts(by_name: Mapping[str, Result], sizes: Sequence[int]) -> list[str]:
         notes.append(
             f"aim: shm at 16 MiB within {SHM_AIM}x of the floor. {ratio:.2f}: {_met(ratio <= SHM_AIM)}."
         )
-    loans = [by_name[_name("loan", nbytes)] for nbytes in sizes]
-    if all(loan.failure is None for loan in loans):
+    loans = [by_name[name] for nbytes in sizes if (name := _name("loan", nbytes)) in by_name]
+    if loans and all(loan.failure is None for loan in loans):
         worst = max(loan.spread(_ratio("column", "empty")).median for loan in loans)
         medians = [loan.spread(_median("column")).median for loan in loans]
         notes.append(

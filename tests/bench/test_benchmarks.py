@@ -98,6 +98,16 @@ def test_both_ends_follow_the_same_schedule() -> None:
     assert [turn.kind for turn in first] != [turn.kind for turn in second]
 
 
+@pytest.mark.parametrize("column", channel.COLUMNS)
+def test_a_column_of_the_channel_can_be_measured_alone(column: str) -> None:
+    rows = [row for row in channel.BENCHMARK.rows(True) if row.arguments["column"] == column]
+    values: dict[str, Json] = {kind: [1000.0] for kind in ("floor", "column", "empty", "note")}
+    good = Outcome(round=0, position=0, seconds=1.0, values=values, failure=None)
+    grids = channel.BENCHMARK.show([Result(row=row, outcomes=[good]) for row in rows])
+    assert [grid.columns[:3] for grid in grids] == [["", "floor", column], grids[1].columns[:3]]
+    assert all(len(cells) == len(grid.columns) for grid in grids for cells in grid.rows)
+
+
 def test_ratio_is_taken_within_a_round() -> None:
     rows = channel.BENCHMARK.rows(False)
     slow, fast = ({"floor": [f], "column": [2 * f], "empty": [f], "note": [f]} for f in (1000.0, 10.0))
