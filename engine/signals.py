@@ -1,13 +1,18 @@
 """Ctrl-C and SIGTERM that cannot get lost: Python drops an exception that is raised inside a finalizer.
 
 A handler raises in whatever runs just then, which may be the end of a tensor's view. So it also takes a
-note, and long loops call `check`.
+note, and long loops call `check`; that it got lost is not worth a traceback then.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 _noted: list[int] = []
 
@@ -17,6 +22,7 @@ def install() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _note)
+            sys.unraisablehook = _unraisable
 
 
 def check() -> None:
@@ -28,6 +34,11 @@ def check() -> None:
 def _note(number: int, _frame: FrameType | None) -> None:
     _noted.append(number)
     _raise(number)
+
+
+def _unraisable(lost: UnraisableHookArgs) -> None:
+    if not (_noted and isinstance(lost.exc_value, KeyboardInterrupt | SystemExit)):
+        sys.__unraisablehook__(lost)
 
 
 def _raise(number: int) -> None:

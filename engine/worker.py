@@ -76,6 +76,15 @@ class Worker:
             ParallelError: the other workers of this rank can't be reckoned with any more.
         """
         threading.Thread(target=self._receive, name="tensorferry-receive", daemon=True).start()
+        try:
+            self._work()
+        except transport.PeerGone as error:
+            _log.info("leaving: %s", error)
+            while self._opened.get() is not None:  # it may have said stop before it left
+                pass
+        return self._stop
+
+    def _work(self) -> None:
         self._endpoint.send(Ready(device=str(self._device)), to=FRONT, timeout=_SEND_TIMEOUT)
         while (opened := self._opened.get()) is not None:
             reply = self._answer(opened)
@@ -83,7 +92,6 @@ class Worker:
             del opened
             if self._parallel.rank == 0:
                 self._endpoint.send(reply, to=FRONT, timeout=_SEND_TIMEOUT)
-        return self._stop
 
     def _receive(self) -> None:
         try:
@@ -94,7 +102,7 @@ class Worker:
             self._opened.put(None)
         # A forward pass that never ends must not keep an orphan alive.
         time.sleep(_ORPHAN_GRACE)
-        os._exit(HEAD_LOST)
+        os._exit(_exit_code(self._stop))
 
     def _take_requests(self) -> None:
         while True:
@@ -213,12 +221,15 @@ def serve(place: Place, address: str, config: EngineConfig, *, patience: float =
             endpoint.send(Ready(error=str(error) if expected else _named(error)), to=FRONT)
             return 1
         parallel.leave()
+    if stop is not None and stop.reason:
+        print(f"the head does not want this worker: {stop.reason}", file=sys.stderr)
+    return _exit_code(stop)
+
+
+def _exit_code(stop: Stop | None) -> int:
     if stop is None:
         return HEAD_LOST
-    if stop.reason:
-        print(f"the head does not want this worker: {stop.reason}", file=sys.stderr)
-        return 1
-    return 0
+    return 1 if stop.reason else 0
 
 
 def _connected(name: str, address: str, config: EngineConfig, patience: float) -> transport.Endpoint:

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,6 +148,21 @@ def test_a_rank_that_serves_something_else_is_refused() -> None:
     assert re.fullmatch(f"{where} could not start: {re.escape(what)}", str(caught.value))
     assert there.returncode == 1
     assert f"tensorferry: rank0: the head does not want this worker: {what}\n" in said
+
+
+def test_what_the_head_said_before_it_left_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tmp_path / "loaded"
+    monkeypatch.setenv("LOAD_WHEN", str(loaded))
+    with transport.listen("tcp://127.0.0.1:*", name=FRONT) as front:
+        flags = ["--headless", "-dpp", front.addresses[0].rpartition(":")[2]]
+        with python("-m", "engine", "run", *flags, "--model", "tests.engine.models:LoadsLate") as there:
+            front.receive(Joined, timeout=60)
+            front.send(Stop("it came uncalled"), to="rank0")
+            front.close()
+            loaded.touch()
+            _, said = there.communicate()
+    assert there.returncode == 1
+    assert "tensorferry: rank0: the head does not want this worker: it came uncalled\n" in said
 
 
 def test_off_loopback_nobody_listens_without_keys_unless_told() -> None:
