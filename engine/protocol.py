@@ -90,11 +90,9 @@ def transport_config(config: EngineConfig, *, replies: bool = False) -> transpor
     ours = {item.name: getattr(config, item.name) for item in options_of(type(config))}
     same = {name: value for name, value in ours.items() if name in theirs and value is not None}
     backend = config.tensor_transport
-    stages = replies and config.device != "cpu" and torch.cuda.is_available()
     return transport.TransportConfig(
         backend="auto" if replies and backend == "shm" else backend,
         ring_bytes=config.ring_bytes,
         inline_below=config.inline_below,
-        cut_through=stages,
         **same,
     )

@@ -28,7 +28,8 @@ from shm.words import TOTAL_STORE_ORDER, fence, fence_in_finalizer
 
 _FINALIZER_MAY_TAKE = 1.0  # seconds between the death of a view and the store of its finalizer
 _ASK_EVERY = 64  # looks at a record that is being filled, until its writer's lock is asked
-_YIELDS, _NAP = 100, 50e-6  # how often to yield while the writer is in mid-step, and to sleep afterwards
+# How often to yield while the writer is in mid-step, and to sleep afterwards.
+_YIELDS, _NAP, _LONGEST_NAP = 100, 50e-6, 2e-3
 
 View = NDArray[np.uint8]
 
@@ -155,6 +156,15 @@ class RingReader:
             self._trace("opened", {"slot": slot, "generation": generation})
         return view
 
+    def is_whole(self, handle: Handle) -> bool:
+        """Whether all bytes of a record that is open here are complete."""
+        whole: bool = (
+            self._header[self._first_line + handle.slot * at.SLOT_WORDS + at.S_FILLED] == handle.nbytes
+        )
+        if not TOTAL_STORE_ORDER:
+            fence()  # SYNC publish: the count before the bytes that it counts
+        return whole
+
     def filled(self, handle: Handle) -> int:
         """How many of the first bytes of a record that is open here are complete.
 
@@ -195,7 +205,8 @@ class RingReader:
                     f"the writer (pid {self._header[at.H_PID]}) stopped while filling slot {handle.slot}"
                 )
             tries += 1
-            time.sleep(0 if tries < _YIELDS else _NAP)
+            # The longer it has taken, the less it matters to find out at once.
+            time.sleep(0 if tries < _YIELDS else min(max(_NAP, (now - started) / 32), _LONGEST_NAP))
 
     def close(self) -> None:
         """Open nothing any more. The column stays locked until the last view of its records is gone."""

@@ -24,6 +24,7 @@ from transport.staging import Stage
 from transport.tensors import spec_for, view
 
 _DIAL_NAP = 0.05
+_MOMENT = 2e-3
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,11 @@ class Endpoint:
         exchange = self._exchange
         exchange.check()
         exchange.pump()
-        with exchange.closed_first:
+        try:
             exchange.sender.send(body, self._names(to), self.config.timeout if timeout is None else timeout)
+        except Exception:
+            exchange.check()  # what goes wrong since another thread closed the endpoint is `Closed`
+            raise
 
     def try_send(self, body: object, *, to: str | Sequence[str] | None = None) -> None:
         """`send` that never waits: `Full` at once where that would."""
@@ -172,11 +176,15 @@ class Endpoint:
         A peer that maps the same ring gets the handle, and the view here is kept until it has opened it;
         for others the bytes are sent anew.
         """
-        self._exchange.check()
-        self._exchange.pump()
-        with self._exchange.closed_first:
-            timeout = self.config.timeout if timeout is None else timeout
-            self._exchange.sender.forward(message, self._names(to), timeout)
+        exchange = self._exchange
+        exchange.check()
+        exchange.pump()
+        timeout = self.config.timeout if timeout is None else timeout
+        try:
+            exchange.sender.forward(message, self._names(to), timeout)
+        except Exception:
+            exchange.check()  # as in `send`
+            raise
 
     @contextmanager
     def loan(
@@ -196,9 +204,12 @@ class Endpoint:
         buffer = None
         nbytes = spec.nbytes
         if nbytes:
-            with exchange.closed_first:
+            try:
                 buffer = exchange.sender.lend(nbytes, timeout)
                 exchange.sender.offer_to_all()
+            except Exception:
+                exchange.check()  # as in `send`
+                raise
         yield view(np.empty(nbytes, np.uint8) if buffer is None else buffer, spec)
 
     # ------------------------------------------------------------------ receiving
@@ -218,22 +229,34 @@ class Endpoint:
         for; `PeerGone` when nobody is left who could send; `ProtocolError` for a message that is not what it
         must be, which is gone then.
         """
+        exchange = self._exchange
         deadline = self._deadline(timeout)
+        left = deadline - time.monotonic()
         while True:
-            message = self._try_receive(type, copy=copy, stage=stage)
+            patience = min(max(0.0, left), LOOK_AT_LOCKS_EVERY)
+            message = self._try_receive(type, copy=copy, stage=stage, patience=patience)
             if message is not None:
                 return message
             self._check_anybody_there()
             left = deadline - time.monotonic()
             if left <= 0:
                 raise Timeout(self._nothing_came())
-            self._exchange.wait(left)
+            if exchange.receiver.is_being_written:
+                exchange.acknowledge()  # as `wait` does; what is waited for wakes nobody
+            else:
+                exchange.wait(left)
 
     def try_receive(
         self, type: Any = Any, *, copy: bool = False, stage: Stage | None = None
     ) -> Message | None:
-        """`receive` that never waits: None when nothing has come."""
-        message = self._try_receive(type, copy=copy, stage=stage)
+        """`receive` that never waits: None when nothing has come.
+
+        But for the rest of a message that its sender is just writing, 2 ms at most.
+        """
+        return self._look(type, copy=copy, stage=stage, patience=_MOMENT)
+
+    def _look(self, type_: Any, *, copy: bool, stage: Stage | None, patience: float) -> Message | None:
+        message = self._try_receive(type_, copy=copy, stage=stage, patience=patience)
         if message is None:
             self._exchange.acknowledge()
             self._check_anybody_there()
@@ -256,12 +279,15 @@ class Endpoint:
         try:
             while True:
                 came.clear()
-                message = self.try_receive(type, copy=copy, stage=stage)
+                message = self._look(type, copy=copy, stage=stage, patience=0.0)
                 if message is not None:
                     return message
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise Timeout(self._nothing_came())
+                if self._exchange.receiver.is_being_written:  # which wakes nobody when it is done
+                    await asyncio.sleep(_MOMENT)
+                    continue
                 try:
                     await asyncio.wait_for(came.wait(), min(left, LOOK_AT_LOCKS_EVERY))
                 except TimeoutError:
@@ -320,18 +346,23 @@ class Endpoint:
 
     # ------------------------------------------------------------------ small things
 
-    def _try_receive(self, type_: Any, *, copy: bool, stage: Stage | None) -> Message | None:
+    def _try_receive(self, type_: Any, *, copy: bool, stage: Stage | None, patience: float) -> Message | None:
         exchange = self._exchange
         exchange.check()
         receiver = exchange.receiver
         try:
-            message = receiver.take(type_, copy=copy, stage=stage) if receiver.queue else None
-            if message is None:
-                exchange.pump(taking=True)
-                message = receiver.take(type_, copy=copy, stage=stage) if receiver.queue else None
+            if receiver.queue:
+                message = receiver.take(type_, copy=copy, stage=stage, patience=patience)
+                if message is not None:
+                    return message
+                if receiver.is_being_written:
+                    patience = 0.0
+            exchange.pump(taking=True)
+            if receiver.queue:
+                return receiver.take(type_, copy=copy, stage=stage, patience=patience)
+            return None
         finally:
             exchange.wake_if_left()
-        return message
 
     def _check_anybody_there(self) -> None:
         if not self._listening and not self._exchange.roster.links() and not self._exchange.receiver.queue:
@@ -361,7 +392,9 @@ class Endpoint:
         peers = ", ".join(
             f"{link} linked for {now - link.since:.1f} s" for link in self._exchange.roster.links()
         )
-        return f"{self.name!r} received nothing in time; it waited for {peers or 'somebody to connect'}"
+        unfinished = self._exchange.receiver.what_is_written()
+        waited = unfinished or f"it waited for {peers or 'somebody to connect'}"
+        return f"{self.name!r} received nothing in time; {waited}"
 
 
 def listen(

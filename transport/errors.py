@@ -6,6 +6,7 @@ TransportError
 ├── Closed          you: this endpoint is closed, or was made in another process
 ├── PeerGone        them: a peer is unknown, died, left or was replaced; `.delivered`, `.failed`
 ├── ProtocolError   bad input: what a peer sent does not hold what it must
+│   └── GivenUp     nobody: the sender failed while it wrote the message; `receive` never raises it
 └── Timeout         the time given ran out (also a builtin TimeoutError)
 """
 
@@ -47,6 +48,13 @@ class Closed(TransportError):
 
 class ProtocolError(TransportError):
     """A peer sent what does not hold what it must; the text says what, never the bytes."""
+
+
+class GivenUp(ProtocolError):
+    """A message whose sender failed while it wrote the tensors, and was told so: nobody gets it.
+
+    For backends; `receive` goes on with the next message.
+    """
 
 
 class Timeout(TransportError, TimeoutError):

@@ -64,7 +64,6 @@ class Exchange:
         self.sender = Sender(config, self.roster, outbound, self.poll, self.wait)
         self.dropped: Counter[str] = Counter()
         self.closed = False
-        self.closed_first = _ClosedFirst(self)
         self._pid = os.getpid()
         self._dialling: dict[int, tuple[int, Welcome | Refused | None]] = {}
         self._suspects: dict[int, float] = {}
@@ -357,22 +356,6 @@ class Exchange:
 
     def _drop(self, reason: str) -> None:
         self.dropped[reason] += 1
-
-
-class _ClosedFirst:
-    """`with` this: whatever else goes wrong when another thread closes the endpoint, it is `Closed`."""
-
-    __slots__ = ("_exchange",)
-
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = weakref.proxy(exchange)
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, Exception):
-            self._exchange.check()
 
 
 def _abandon(pid: int, wire: Wire, outbound: Outbound, inbounds: Mapping[str, Inbound]) -> None:

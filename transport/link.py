@@ -53,6 +53,7 @@ class Link:
         window: int,
         window_bytes: int,
         patience: int,
+        ring_patience: int,
         accepts: Sequence[str],
     ) -> None:
         self.peer = peer
@@ -70,8 +71,8 @@ class Link:
         self._window = window
         self._window_bytes = window_bytes
         self._queued = 0  # bytes of messages that were not acknowledged
-        self._patience = patience
-        self._owed = 0  # bytes of messages that were taken and not acknowledged
+        self._patience, self._ring_patience = patience, ring_patience
+        self._owed = self._owed_in_ring = 0  # bytes of messages that were taken and not acknowledged
         self._lock = threading.Lock()
         self._sent = 0
         self._pinged = 0  # the number of the last ping
@@ -154,14 +155,22 @@ class Link:
         for sent in settled:
             sent.keeps()
 
-    def take(self, number: int, nbytes: int) -> None:
-        """A message was taken. Many or large ones are acknowledged at once, others with what is sent next."""
+    def take(self, number: int, nbytes: int, in_ring: int = 0) -> None:
+        """A message of `nbytes` was taken, `in_ring` of which are read where they are.
+
+        Many or large ones are acknowledged at once, others with what is sent next.
+        """
         self._overtakers.add(number)
         while self.taken + 1 in self._overtakers:
             self.taken += 1
             self._overtakers.discard(self.taken)
-        self._owed += nbytes
-        if self._owed > self._patience or number - self._acknowledged > _FEW:
+        self._owed += nbytes - in_ring
+        self._owed_in_ring += in_ring
+        if (
+            self._owed > self._patience
+            or self._owed_in_ring > self._ring_patience
+            or number - self._acknowledged > _FEW
+        ):
             self.acknowledge()
 
     def acknowledge(self) -> None:
@@ -173,7 +182,7 @@ class Link:
 
     def _told(self, seen: int) -> None:
         self._acknowledged = seen
-        self._owed = 0
+        self._owed = self._owed_in_ring = 0
 
     def end(self, reason: str) -> bool:
         """The link ends: let go of what its messages kept. False when it had ended already."""

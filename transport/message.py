@@ -32,7 +32,7 @@ class Hello(_Message, tag=1):
     """From who connects: `nonce` comes back in the welcome.
 
     window: so many messages may be unacknowledged, of window_bytes in all. patience: so many bytes may wait
-    for an acknowledgement that travels with something else.
+    for an acknowledgement that travels with something else; ring_patience: so many that are read in place.
     """
 
     version: int
@@ -43,6 +43,7 @@ class Hello(_Message, tag=1):
     patience: Word
     accepts: Accepts
     window_bytes: Annotated[int, Meta(ge=1)] = MAX_WINDOW_BYTES
+    ring_patience: Word = 0
 
 
 class Welcome(_Message, tag=2):
@@ -56,6 +57,7 @@ class Welcome(_Message, tag=2):
     patience: Word
     accepts: Accepts
     window_bytes: Annotated[int, Meta(ge=1)] = MAX_WINDOW_BYTES
+    ring_patience: Word = 0
 
 
 class Refused(_Message, tag=3):

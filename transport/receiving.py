@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,10 +13,10 @@ import torch
 
 from transport import codec
 from transport.assembly import Assembly
-from transport.backends.base import Bytes, Inbound
+from transport.backends.base import Bytes, Complete, Inbound
 from transport.config import TransportConfig
 from transport.cudart import DeviceError
-from transport.errors import PeerGone, ProtocolError, Timeout
+from transport.errors import GivenUp, PeerGone, ProtocolError, Timeout
 from transport.link import Link
 from transport.message import Abandon, Data, Numbered, Part, Piece, Ping, Reference
 from transport.sending import PARTS
@@ -33,6 +34,45 @@ class _Waiting(NamedTuple):
     message: Numbered
     frames: Sequence[Bytes]
     nbytes: int
+
+
+class _Opened:
+    """A message whose handles are open here; some of its bytes may still be on their way."""
+
+    __slots__ = ("arrays", "batch", "data", "incomplete", "sizes", "tensors", "waiting")
+
+    def __init__(self, waiting: _Waiting, data: Data) -> None:
+        self.waiting = waiting
+        self.data = data
+        self.sizes: list[int] = []
+        self.batch: Batch | None = None
+        self.arrays: list[Bytes] = []
+        self.tensors: list[Any] = []
+        self.incomplete: deque[Complete] = deque()
+
+    def complete(self, patience: float) -> bool:
+        """Whether all bytes are there, within so many seconds."""
+        if not self.incomplete:
+            return True
+        deadline = time.monotonic() + patience
+        while self.incomplete:
+            if not self.incomplete[0](max(0.0, deadline - time.monotonic())):
+                return False
+            self.incomplete.popleft()
+        return True
+
+    def copy(self) -> None:
+        """Memory of this process's own in the place of every view."""
+        for index, reference in enumerate(self.data.tensors):
+            if self.arrays[index] is not _ELSEWHERE:
+                self.arrays[index] = self.arrays[index].copy()
+                self.tensors[index] = view(self.arrays[index], reference.spec)
+
+    def clear(self) -> None:
+        """Let go of all memory."""
+        self.arrays.clear()
+        self.tensors.clear()
+        self.incomplete.clear()
 
 
 class Message:
@@ -100,10 +140,12 @@ class Receiver:
         self._config = config
         self.inbounds = inbounds
         self._finish = finish
+        self._in_place = {name for name, inbound in inbounds.items() if inbound.in_place}
         self._on_device = {name for name, inbound in inbounds.items() if inbound.on_device}
         self.queue: deque[_Waiting] = deque()
         self._assemblies: dict[int, Assembly | None] = {}
         self._receiving = threading.Lock()
+        self._opened: _Opened | None = None  # the message whose bytes are being waited for
         self._later = {PARTS, *(name for name, inbound in inbounds.items() if inbound.comes_later)}
         self.counts: Counter[str] = Counter()
 
@@ -127,18 +169,36 @@ class Receiver:
 
     # ------------------------------------------------------------------ taking
 
-    def take(self, type_: Any, *, copy: bool, stage: Stage | None = None) -> Message | None:
+    def take(self, type_: Any, *, copy: bool, patience: float, stage: Stage | None = None) -> Message | None:
         """The next message, opened and decoded; None when there is none. `stage`: where its tensors go.
 
-        `ProtocolError` and `PeerGone` for a message that cannot be opened, which is gone then;
-        `Timeout` for one that can be opened later.
+        patience: for how many seconds to wait for the bytes of one that is still being written. When they
+        are over, `is_being_written` says so. `ProtocolError` and `PeerGone` for a message that cannot be
+        opened, which is gone then; `Timeout` for one that can be opened later.
         """
         with self._receiving:
             while (waiting := self._next()) is not None:
-                if isinstance(waiting[1], Data):
-                    return self._take_data(waiting, type_, copy=copy, stage=stage)
-                self._take_other(waiting, stage)
+                if not isinstance(waiting.message, Data):
+                    self._take_other(waiting, stage)
+                    continue
+                message = self._take_data(waiting, type_, copy=copy, stage=stage, patience=patience)
+                if message is not None or self._opened is not None:
+                    return message
         return None
+
+    @property
+    def is_being_written(self) -> bool:
+        """Whether the message that comes next is there but for bytes that its sender still writes."""
+        return self._opened is not None
+
+    def what_is_written(self) -> str:
+        """Which message that is, for a person; "" when none is."""
+        opened = self._opened
+        return (
+            f"message {opened.waiting.message.number} from {opened.waiting.link} is not written to its end"
+            if opened
+            else ""
+        )
 
     def has_next(self) -> bool:
         """Whether there is a message that can be taken now."""
@@ -176,47 +236,68 @@ class Receiver:
             if place.backend in self._later and place.backend in self.inbounds
         )
 
-    def _take_data(self, waiting: _Waiting, type_: Any, *, copy: bool, stage: Stage | None) -> Message:
-        link, data, frames, _ = waiting
+    def _take_data(
+        self, waiting: _Waiting, type_: Any, *, copy: bool, stage: Stage | None, patience: float
+    ) -> Message | None:
+        """The message; None when it is not complete yet, or was given up and is gone."""
+        link, data, opened = waiting.link, waiting.message, self._opened
         assert isinstance(data, Data)
-        references = data.tensors
-        arrays: list[Bytes] = []
-        tensors: list[Any] = []
-        array: Bytes | None = None
-        self._config.emit("receive.opening", peer=link.peer.name, number=data.number)
+        if opened is None or opened.waiting is not waiting:
+            opened = _Opened(waiting, data)
+        self._opened = None
         try:
-            sizes = self._check_sizes(references)
-            batch = self._batch(link, references, stage)
-            for reference, nbytes in zip(references, sizes, strict=True):
-                if (batch is not None or reference.backend in self._on_device) and reference.spec.is_torch:
-                    tensors.append(self._bring(link, reference, nbytes, frames, batch))
-                    arrays.append(_ELSEWHERE)
-                    continue
-                array = self._open(link, reference, nbytes, frames)
-                arrays.append(array.copy() if copy else array)
-                tensors.append(view(arrays[-1], reference.spec))
-            body = codec.decode(data.body, tensors, type_)
+            if not opened.tensors:
+                self._open_all(opened, stage)
+            if not opened.complete(patience):
+                self._opened = opened
+                return None
+            if copy:
+                opened.copy()
+            body = codec.decode(data.body, opened.tensors, type_)
         except Timeout:
+            opened.clear()
             raise
         except (ProtocolError, PeerGone) as error:
-            # The traceback keeps these frames, which must not keep the sender's memory.
-            arrays.clear()
-            tensors.clear()
-            array = None
+            opened.clear()  # the traceback keeps this frame, which must not keep the sender's memory
             self._taken(waiting, 0)
-            self._assembled(link, references)
+            self._assembled(link, data.tensors)
+            if isinstance(error, GivenUp):
+                self.counts["given up"] += 1
+                return None
             self.counts["refused"] += 1
             raise type(error)(f"message {data.number} from {link}: {error}") from error
         self._config.emit("receive.opened", peer=link.peer.name, number=data.number)
-        self._taken(waiting, sum(sizes))
+        in_ring = sum(
+            [
+                nbytes
+                for reference, nbytes in zip(data.tensors, opened.sizes, strict=True)
+                if reference.backend in self._in_place
+            ]
+        )
+        self._taken(waiting, sum(opened.sizes), in_ring)
         self._config.emit("receive.taken", peer=link.peer.name, number=data.number)
-        self._assembled(link, references)
+        self._assembled(link, data.tensors)
         self.counts["messages"] += 1
-        for reference, nbytes in zip(references, sizes, strict=True):
+        for reference, nbytes in zip(data.tensors, opened.sizes, strict=True):
             self.counts[f"bytes {reference.backend}"] += nbytes
         # Of a copy nothing is open here, so that its handles cannot be handed on.
-        inbounds = {} if copy or batch is not None else self.inbounds
-        return Message(link.peer.name, data, body, arrays, tensors, inbounds, batch)
+        inbounds = {} if copy or opened.batch is not None else self.inbounds
+        return Message(link.peer.name, data, body, opened.arrays, opened.tensors, inbounds, opened.batch)
+
+    def _open_all(self, opened: _Opened, stage: Stage | None) -> None:
+        """Open every tensor of a message, whether all its bytes are there or not; no local keeps one."""
+        link, _, frames, _ = opened.waiting
+        self._config.emit("receive.opening", peer=link.peer.name, number=opened.data.number)
+        references = opened.data.tensors
+        opened.sizes = self._check_sizes(references)
+        batch = opened.batch = self._batch(link, references, stage)
+        for reference, nbytes in zip(references, opened.sizes, strict=True):
+            if (batch is not None or reference.backend in self._on_device) and reference.spec.is_torch:
+                opened.tensors.append(self._bring(link, reference, nbytes, frames, batch))
+                opened.arrays.append(_ELSEWHERE)
+            else:
+                self._open(opened, reference, nbytes)
+                opened.tensors.append(view(opened.arrays[-1], reference.spec))
 
     def _check_sizes(self, references: Sequence[Reference]) -> list[int]:
         """The bytes of each tensor, whose dtype and shape are checked with that."""
@@ -233,14 +314,23 @@ class Receiver:
         if self._assemblies and any(reference.backend == PARTS for reference in references):
             self._assemblies.pop(link.peer.link, None)
 
-    def _open(self, link: Link, reference: Reference, nbytes: int, frames: Sequence[Bytes]) -> Bytes:
+    def _open(self, opened: _Opened, reference: Reference, nbytes: int) -> None:
+        link, _, frames, _ = opened.waiting
         if reference.backend == PARTS:
-            assembly = self._assemblies.get(link.peer.link)
-            if assembly is None:
-                raise ProtocolError("its parts did not all come")
-            array: Bytes = assembly.finished(_index(reference), nbytes).tensor.cpu().numpy()
-            return array
-        return self._inbound(reference.backend).open(link.peer, bytes(reference.handle), nbytes, frames)
+            opened.arrays.append(self._assembled_bytes(link, reference, nbytes))
+            return
+        inbound = self._inbound(reference.backend)
+        array, complete = inbound.open_early(link.peer, bytes(reference.handle), nbytes, frames)
+        opened.arrays.append(array)
+        if complete is not None:
+            opened.incomplete.append(complete)
+
+    def _assembled_bytes(self, link: Link, reference: Reference, nbytes: int) -> Bytes:
+        assembly = self._assemblies.get(link.peer.link)
+        if assembly is None:
+            raise ProtocolError("its parts did not all come")
+        array: Bytes = assembly.finished(_index(reference), nbytes).tensor.cpu().numpy()
+        return array
 
     def _batch(self, link: Link, references: Sequence[Reference], stage: Stage | None) -> Batch | None:
         """Where the tensors of a message go: where its parts went already, if it has any."""
@@ -271,7 +361,7 @@ class Receiver:
             return finished(assembly.finished(_index(reference), nbytes), reference.spec)
         place = batch.place(nbytes)
         if reference.backend == PARTS:
-            place.write(0, self._open(link, reference, nbytes, frames))
+            place.write(0, self._assembled_bytes(link, reference, nbytes))
         else:
             handle, inbound = bytes(reference.handle), self._inbound(reference.backend)
             for start, array in inbound.follow(link.peer, handle, nbytes, frames):
@@ -318,7 +408,7 @@ class Receiver:
             self.counts[f"bytes {piece.backend}"] += piece.nbytes
         self.counts["parts"] += 1
 
-    def _taken(self, waiting: _Waiting, nbytes: int) -> None:
+    def _taken(self, waiting: _Waiting, nbytes: int, in_ring: int = 0) -> None:
         link, message = waiting.link, waiting.message
         index = 0
         if self.queue[0] is not waiting:
@@ -328,7 +418,7 @@ class Receiver:
         for place in _places(message):
             if place.backend in self._later and place.backend in self.inbounds:
                 self.inbounds[place.backend].taken(link.peer, bytes(place.handle))
-        link.take(message.number, nbytes)
+        link.take(message.number, nbytes, in_ring)
         if link.ended and not link.waiting:
             self.forget(link)
 
@@ -344,6 +434,7 @@ class Receiver:
         """Drop what was not taken."""
         with self._receiving:
             self.queue.clear()
+            self._opened = None
             self._assemblies.clear()
             for inbound in self.inbounds.values():
                 inbound.close()

@@ -76,11 +76,15 @@ class Roster:
         """The answer to a hello that was judged bad."""
         return Refused(hello.nonce, reason)
 
-    def _terms(self) -> tuple[int, int, list[str], int]:
-        """Window, patience, accepted backends, bytes in the window. A small ring cannot wait for long."""
+    def _terms(self) -> tuple[int, int, list[str], int, int]:
+        """Window, patience, accepted backends, bytes in the window, patience in the ring.
+
+        What waits for an acknowledgement can't be used again: of the ring a 64th for each reader at most.
+        """
         config = self._config
-        patience = min(_PATIENCE, config.ring_bytes // 64, config.detour_bytes // 64)
-        return config.max_queued_messages, patience, self._accepts, config.max_queued_bytes
+        in_ring = config.ring_bytes // 64
+        patience = min(_PATIENCE, config.detour_bytes // 64)
+        return config.max_queued_messages, patience, self._accepts, config.max_queued_bytes, in_ring
 
     def _link(self, route: Route, peer: Peer, greeting: Hello | Welcome) -> Link:
         link = Link(
@@ -91,6 +95,7 @@ class Roster:
             window=min(greeting.window, self._config.max_queued_messages),
             window_bytes=min(greeting.window_bytes, self._config.max_queued_bytes),
             patience=greeting.patience,
+            ring_patience=greeting.ring_patience,
             accepts=greeting.accepts,
         )
         with self._lock:

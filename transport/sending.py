@@ -264,15 +264,22 @@ class Sender:
         nbytes: int,
         deadline: float,
     ) -> None:
+        post = partial(link.send, build, frames, keeps=keeps, nbytes=nbytes)
+        try:
+            number = post()
+        except Full:
+            number = self._post_later(post, link, nbytes, deadline)
+        self._config.emit("send.posted", peer=link.peer.name, number=number)
+
+    def _post_later(self, post: Callable[[], int], link: Link, nbytes: int, deadline: float) -> int:
         poll = self._watch("a place in the queue", [link], nbytes)
         for last in attempts(deadline - time.monotonic(), poll):
             try:
-                number = link.send(build, frames, keeps=keeps, nbytes=nbytes)
-                self._config.emit("send.posted", peer=link.peer.name, number=number)
-                return
+                return post()
             except Full:
                 if last:
                     raise
+        raise AssertionError("the last attempt returns or raises")
 
     def _while_waiting(self) -> None:
         """Handle what has come; now and then ask for an acknowledgement of everything."""

@@ -30,6 +30,18 @@ _TORCH_DTYPES = {
     and not re.fullmatch(r"torch\.(q.*|bits.*|u?int[1-7])", str(dtype))
 }
 _TORCH_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+
+
+def _numpy_twin(dtype: torch.dtype) -> np.dtype[Any] | None:
+    """The dtype of an array that torch makes such a tensor from; None for torch's own, as bfloat16."""
+    try:
+        twin = np.dtype(str(dtype).removeprefix("torch."))
+        return twin if torch.from_numpy(np.empty(0, twin)).dtype is dtype else None
+    except TypeError:
+        return None
+
+
+_NUMPY_TWINS = {dtype: twin for dtype in _TORCH_NAMES if (twin := _numpy_twin(dtype)) is not None}
 _NUMPY_FIXED = {"|b1", "|i1", "|u1"} | {
     order + kind + size
     for order in "<>"
@@ -166,12 +178,16 @@ def view(buffer: Bytes, spec: TensorSpec) -> Tensor:
 def shaped(buffer: Bytes, spec: TensorSpec) -> Tensor:
     """`view` of a buffer and a spec that fit each other, aligned or not."""
     dtype = _dtype_of(spec.dtype)
+    # numpy would put the base of the base in the place of an array in between.
+    owned = not isinstance(buffer.base, np.ndarray)
     if isinstance(dtype, torch.dtype):
+        if owned and buffer.size and dtype in _NUMPY_TWINS:  # one call of torch, which are slow when cold
+            return torch.from_numpy(np.ndarray(spec.shape, _NUMPY_TWINS[dtype], buffer=buffer))
         flat = torch.from_numpy(buffer)
         # numpy gives no bytes a stride of 0, over which torch refuses another dtype.
         flat = flat if flat.numel() else flat.as_strided((0,), (1,))
         return flat.view(dtype).view(spec.shape)
-    if not isinstance(buffer.base, np.ndarray):
+    if owned:
         return np.ndarray(spec.shape, dtype, buffer=buffer)
     read_only = not buffer.flags.writeable
     return np.asarray(Window(buffer.ctypes.data, spec.shape, spec.dtype, owner=buffer, read_only=read_only))

@@ -1,8 +1,8 @@
 """What `receive(stage=…)` takes: something that brings tensors elsewhere as they come, to a device for one.
 
 A stage gets bytes piece by piece, as soon as they are there: tensor after tensor of a message, part after
-part of one that is larger than the ring, and, where the configuration says `cut_through`, pieces of a tensor
-that its sender is still writing. It keeps each array for as long as it reads from it, which is what keeps
+part of one that is larger than the ring, and pieces of a tensor that its sender is still writing (unless the
+configuration says no `cut_through`). It keeps each array for as long as it reads from it, which is what keeps
 the sender's memory; nobody else here does.
 """
 

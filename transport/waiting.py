@@ -34,19 +34,24 @@ def attempts(timeout: float, poll: Poll) -> Iterator[bool]:
 
 
 class Wait:
-    """The poll of one wait: calls `tell(seconds)` once it has lasted `patience` seconds, then every 30 s."""
+    """The poll of one wait: calls `tell(seconds)` once it has lasted `patience` seconds, then every 30 s.
 
-    __slots__ = ("_due", "_poll", "_since", "_tell")
+    A wait begins when it is first called.
+    """
+
+    __slots__ = ("_due", "_patience", "_poll", "_since", "_tell")
 
     def __init__(self, poll: Poll, patience: float, tell: Callable[[float], object]) -> None:
         self._poll = poll
         self._tell = tell
-        self._since = time.monotonic()
-        self._due = self._since + patience
+        self._patience = patience
+        self._since = self._due = 0.0
 
     def __call__(self) -> None:
         self._poll()
         now = time.monotonic()
+        if not self._since:  # most waits never begin
+            self._since, self._due = now, now + self._patience
         if now >= self._due:
             self._due = now + _SAY_AGAIN_AFTER
             self._tell(now - self._since)

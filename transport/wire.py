@@ -104,6 +104,7 @@ class Wire:
         self._event_lock = threading.Lock()  # a descriptor that is closed may be somebody else's already
         self._epoll.register(self._event, select.EPOLLIN)
         self._awake = False
+        self._fired: list[tuple[int, int]] = []  # what `wait` saw, for `drain`; one that is lost fires again
         self._routers: set[int] = set()
         self._descriptors: dict[int, tuple[int, int]] = {}  # zmq.FD of each socket and of its monitor
         self._doorkeeper: Doorkeeper | None = None
@@ -254,8 +255,9 @@ class Wire:
     def drain(self, most: int) -> list[Arrived]:
         """What has come, `most` messages for each socket at a time; `fileno` stays readable for the rest."""
         arrived: list[Arrived] = []
+        ready, self._fired = self._fired, []
         try:
-            ready = self._epoll.poll(0, _EVENTS)
+            ready = ready or self._epoll.poll(0, _EVENTS)
         except ValueError:  # closed by another thread, which whoever called finds out at its next check
             return arrived
         if not ready:
@@ -315,7 +317,7 @@ class Wire:
     def wait(self, timeout: float) -> None:
         """Until something may have come, or `timeout` seconds are over."""
         with suppress(OSError, ValueError):  # interrupted, or closed by another thread
-            self._epoll.poll(max(0.0, timeout), 1)
+            self._fired = self._epoll.poll(max(0.0, timeout), _EVENTS)
 
     def wake(self) -> None:
         """Make `fileno` readable until the next `drain`."""

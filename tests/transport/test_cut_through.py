@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -31,11 +32,11 @@ def config(**changes: Any) -> transport.TransportConfig:
     return transport.TransportConfig(**{**fields, **changes})
 
 
-class TestFollowed(BackendConformance):
-    """All that every backend must do, by peers that follow."""
+class TestWhole(BackendConformance):
+    """All that every backend must do, by peers that are told of no tensor before it is written."""
 
     backend = "shm"
-    options = {"cut_through": True}
+    options = {"cut_through": False}
     holds_memory = True
 
 
@@ -129,7 +130,7 @@ def test_what_nobody_was_told_of_is_not_written(both: Both) -> None:
 
 
 def test_who_does_not_follow_finds_it_whole() -> None:
-    both = Both(config())
+    both = Both(config(cut_through=False))
     with ThreadPoolExecutor(1) as pool:
         source = InSteps(noise(MIB))
         source.fill = source._whole.fill  # type: ignore[method-assign] # which asks for no progress
@@ -189,7 +190,7 @@ def link(request: pytest.FixtureRequest, address: str) -> Iterator[Link]:
         yield front, near
 
 
-def exchanged(link: Link, body: Any, stage: Elsewhere) -> transport.Message:
+def exchanged(link: Link, body: Any, stage: Elsewhere | None) -> transport.Message:
     front, near = link
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(front.send, body)
@@ -249,21 +250,83 @@ def test_a_stage_that_has_no_memory_refuses_that_message_alone(link: Link) -> No
     assert exchanged(link, {"x": noise(2 * MIB)}, Elsewhere()).body["x"].equal(noise(2 * MIB))
 
 
-def test_a_reader_that_follows_holds_nothing_after_an_error(address: str) -> None:
-    settings = config(cut_through=True)
-    with transport.listen(address, config=settings) as front, joined(front, "near", settings) as near:
-        exchanged((front, near), {"x": noise(2 * MIB)}, Elsewhere())
-        source = InSteps(noise(2 * MIB), fails=True)
-        with ThreadPoolExecutor(1) as pool:
-            sending = pool.submit(send_source, front, source)
-            stage = Elsewhere(wrote=lambda nbytes: source.go_on.set())
-            with pytest.raises(ProtocolError, match="the writer gave up") as caught:
-                near.receive(stage=stage)
+@pytest.fixture(params=[False, True], ids=["plain", "staged"])
+def stage(request: pytest.FixtureRequest) -> Elsewhere | None:
+    return Elsewhere() if request.param else None
+
+
+def calling(event: str, call: Callable[[], object]) -> transport.TransportConfig:
+    """A configuration by which `call` is called at each event of that name."""
+    return config(trace=lambda name, ns, fields: call() if name == event else None)
+
+
+@pytest.mark.parametrize("opened", [True, False], ids=["opened", "not opened yet"])
+def test_a_message_that_its_sender_failed_to_write_reaches_nobody(
+    address: str, stage: Elsewhere | None, opened: bool
+) -> None:
+    source = InSteps(noise(2 * MIB), fails=True)
+    settings = calling("ring.opened", source.go_on.set)
+    with (
+        transport.listen(address, config=config()) as front,
+        joined(front, "near", settings) as near,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        exchanged((front, near), {"x": noise(2 * MIB)}, stage)
+        if opened:
+            source.go_on.clear()
+        sending = pool.submit(send_source, front, source)
+        if not opened:
             with pytest.raises(RuntimeError, match="the second half"):
                 sending.result(WAIT)
-        near.try_receive()
+        receiving = pool.submit(near.receive, stage=stage)
+        with pytest.raises(RuntimeError, match="the second half"):
+            sending.result(WAIT)
+        front.send({"n": 1})
+        assert receiving.result(WAIT).body == {"n": 1}
+        assert near.statistics()["received"]["given up"] == 1
+        near.try_receive()  # acknowledges
         assert front.statistics()["backend"]["ring"].live == 0
-        del caught
+
+
+def test_a_message_that_is_still_being_written_is_waited_for_and_named(address: str) -> None:
+    source = InSteps(noise(2 * MIB))
+    with (
+        transport.listen(address, config=config()) as front,
+        joined(front, "near", config()) as near,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        exchanged((front, near), {"x": noise(2 * MIB)}, None)
+        sending = pool.submit(send_source, front, source)
+        with pytest.raises(transport.Timeout, match=r"message 2 from 'front'.* is not written to its end"):
+            near.receive(timeout=0.2)
+        assert near.try_receive() is None
+        with pytest.raises(transport.Timeout, match="message 2 from 'front'"):
+            asyncio.run(near.receive_async(timeout=0.1))
+        receiving = pool.submit(near.receive, copy=True)
+        source.go_on.set()
+        sending.result(WAIT)
+        assert same(receiving.result(WAIT).body["x"], noise(2 * MIB))
+
+
+def test_an_event_loop_goes_on_while_a_message_is_being_written(address: str) -> None:
+    source = InSteps(noise(2 * MIB))
+
+    async def received(near: transport.Endpoint) -> transport.Message:
+        receiving = asyncio.create_task(near.receive_async())
+        while not near._exchange.receiver.is_being_written:
+            await asyncio.sleep(1e-3)
+        source.go_on.set()  # by this very loop
+        return await receiving
+
+    with (
+        transport.listen(address, config=config()) as front,
+        joined(front, "near", config()) as near,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        exchanged((front, near), {"x": noise(2 * MIB)}, None)
+        sending = pool.submit(send_source, front, source)
+        assert same(asyncio.run(received(near)).body["x"], noise(2 * MIB))
+        sending.result(WAIT)
 
 
 def send_source(front: transport.Endpoint, source: Source) -> None:
@@ -282,18 +345,23 @@ def _dies_while_it_sends(address: str) -> None:
         send_source(front, source)  # never ends
 
 
-def test_a_writer_killed_half_way_is_gone_and_nothing_half_is_handed_out(address: str) -> None:
-    with (
-        running(_dies_while_it_sends, address) as process,
-        transport.connect(address, name="near", config=config(cut_through=True), timeout=WAIT) as near,
-    ):
-        near.receive(stage=Elsewhere())
+def test_a_writer_killed_half_way_is_gone_and_nothing_half_is_handed_out(
+    address: str, stage: Elsewhere | None
+) -> None:
+    opened = []
 
-        def kill(nbytes: int) -> None:
+    def kill() -> None:
+        opened.append(None)
+        if len(opened) == 2:
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)
 
+    with (
+        running(_dies_while_it_sends, address) as process,
+        transport.connect(address, name="near", config=calling("ring.opened", kill), timeout=WAIT) as near,
+    ):
+        near.receive(stage=stage)
         with pytest.raises(PeerGone, match="the writer"):
-            near.receive(stage=Elsewhere(wrote=kill))
+            near.receive(stage=stage)
         process.join(WAIT)
         assert len(shm.sweep()) == 1

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from transport.backends.base import Bytes, Held, Load, Outbound, Parcel, Peer, Poll, Proof, Refusal
 from transport.backends.budget import Budget
@@ -95,6 +96,8 @@ class AutoOutbound(Outbound):
         self._lock = threading.Lock()
 
     def wants_offer(self, peer: Peer, sizes: Sequence[int]) -> bool:
+        if self.shm.serves(peer):  # the first of the candidates
+            return False
         _, large = self._split(sizes)
         return bool(large) and self._wanting(peer, [sizes[index] for index in large]) is not None
 
@@ -144,14 +147,23 @@ class AutoOutbound(Outbound):
     def put(
         self, sources: Sequence[Source], readers: Sequence[Peer], *, timeout: float, poll: Poll
     ) -> Parcel:
-        deadline = time.monotonic() + timeout
+        now = time.monotonic()
+        deadline = now + timeout
         small, large = self._split([source.nbytes for source in sources])
+        # Until when the ring is waited for: beyond what the detour may hold there is no other way, ever.
+        nbytes = sum([sources[index].nbytes for index in large])
+        patience = (
+            deadline if nbytes > self.config.detour_bytes else min(deadline, now + self.config.detour_after)
+        )
+        if not small and self._is_for_ring_alone(sources, readers):
+            with suppress(Full, TooLarge):  # the general way finds out once more, and for whom it is not
+                return self._put_by(self.shm, sources, readers, patience, poll)
         parcel = AutoParcel(len(sources))
         self._put_part(parcel, self._inline, sources, small, readers, deadline, poll)
         try:
             large = self._put_on_device(parcel, sources, large, readers, deadline, poll)
             if large:
-                self._put_large(parcel, sources, large, readers, deadline, poll)
+                self._put_large(parcel, sources, large, readers, (patience, deadline), poll)
         except BaseException:
             parcel.abandon()
             for reader in readers:
@@ -185,10 +197,14 @@ class AutoOutbound(Outbound):
         sources: Sequence[Source],
         large: list[int],
         readers: Sequence[Peer],
-        deadline: float,
+        until: tuple[float, float],
         poll: Poll,
     ) -> None:
-        """Each reader by what serves it; those of the ring that are late by frames."""
+        """Each reader by what serves it; those of the ring that are late by frames.
+
+        until: when the ring is given up, and when all is.
+        """
+        patience, deadline = until
         groups: dict[Outbound, list[Peer]] = {}
         for reader in readers:
             groups.setdefault(self._way(reader), []).append(reader)
@@ -199,9 +215,6 @@ class AutoOutbound(Outbound):
         nbytes = sum(sources[index].nbytes for index in large)
         for way, group in groups.items():
             self._put_part(parcel, way, sources, large, group, deadline, poll)
-        patience = min(deadline, time.monotonic() + self.config.detour_after)
-        if nbytes > self.config.detour_bytes:
-            patience = deadline  # there is no other way, not even later
         full: TransportError | None = None
         while mapped:
             try:
@@ -269,10 +282,26 @@ class AutoOutbound(Outbound):
         if not indices:
             return
         chosen = [sources[index] for index in indices]
+        parcel.add(self._put_by(outbound, chosen, readers, deadline, poll), indices, readers)
+
+    def _put_by(
+        self,
+        outbound: Outbound | CudaOutbound,
+        sources: Sequence[Source],
+        readers: Sequence[Peer],
+        deadline: float,
+        poll: Poll,
+    ) -> Parcel:
         timeout = max(0.0, deadline - time.monotonic())
-        parcel.add(outbound.put(chosen, readers, timeout=timeout, poll=poll), indices, readers)
+        parcel = outbound.put(sources, readers, timeout=timeout, poll=poll)
         with self._lock:
-            self._sent[outbound.name] += sum([source.nbytes for source in chosen])
+            self._sent[outbound.name] += sum([source.nbytes for source in sources])
+        return parcel
+
+    def _is_for_ring_alone(self, sources: Sequence[Source], readers: Sequence[Peer]) -> bool:
+        """The usual case: everybody maps the ring, and nothing could stay on a GPU."""
+        serves, takes = self.shm.serves, self._cuda.takes
+        return all(map(serves, readers)) and not any(takes(source, readers) for source in sources)
 
     def _split(self, sizes: Sequence[int]) -> tuple[list[int], list[int]]:
         """Which tensors travel inline and which do not, by index."""

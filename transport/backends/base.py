@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Bytes = NDArray[np.uint8]
 Poll = Callable[[], object]
+Complete = Callable[[float], bool]
+"""Waits so many seconds at most; whether all bytes are there. Errors as `Inbound.open`, and `GivenUp`."""
 
 
 class Peer(NamedTuple):
@@ -88,9 +90,9 @@ class Parcel(ABC):
         """The reader took the message, or never will. Called once for each reader."""
 
     def fill(self) -> None:
-        """Write what `put` left until the message was posted, where all readers follow (`Inbound.follow`).
+        """Write what `put` left until the message was posted, to readers that follow (`Inbound.open_early`).
 
-        Raises what reading the sources raises; what the readers follow is given up then.
+        Raises what reading the sources raises; what the readers follow is given up then (`GivenUp`).
         """
         return
 
@@ -203,6 +205,8 @@ class Inbound(ABC):
     name: str
     on_device = False
     """Whether what it opens is on a GPU: `open_on_device` is called then, where a torch tensor is wanted."""
+    in_place = False
+    """Whether what it opens is the sender's own memory, which a view keeps, and no message."""
     comes_later = False
     """Whether bytes may come after their message, which waits then: `is_ready` and `taken` are called."""
 
@@ -230,6 +234,12 @@ class Inbound(ABC):
         owner is gone, `Timeout` when it is worth trying again.
         """
 
+    def open_early(
+        self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]
+    ) -> tuple[Bytes, Complete | None]:
+        """As `open`, but maybe before all bytes are there, and then what waits for the rest."""
+        return self.open(peer, handle, nbytes, frames), None
+
     def open_on_device(self, peer: Peer, handle: bytes, nbytes: int) -> torch.Tensor:
         """As `open`: uint8 [nbytes] on a GPU, complete for what is queued on the current stream later."""
         raise NotImplementedError
@@ -239,7 +249,8 @@ class Inbound(ABC):
     ) -> Iterator[tuple[int, Bytes | Piece]]:
         """As `open`, but in pieces (start, bytes), for who takes them elsewhere: maybe before all are there.
 
-        The pieces follow each other; each is complete and keeps the record. Errors as `open`, at any piece.
+        The pieces follow each other; each is complete and keeps the record. Errors as `open`, at any piece,
+        and `GivenUp`.
         """
         yield 0, self.open(peer, handle, nbytes, frames)
 

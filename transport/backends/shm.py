@@ -7,7 +7,8 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import msgspec
@@ -16,6 +17,7 @@ import shm
 from transport import registration
 from transport.backends.base import (
     Bytes,
+    Complete,
     Held,
     Inbound,
     Load,
@@ -29,7 +31,7 @@ from transport.backends.base import (
 )
 from transport.backends.records import Parcels, ShmParcel, Unfilled
 from transport.config import TransportConfig
-from transport.errors import Full, PeerGone, ProtocolError, Timeout, TooLarge
+from transport.errors import Full, GivenUp, PeerGone, ProtocolError, Timeout, TooLarge, TransportError
 from transport.sharing import Exporter, Importer
 from transport.tensors import Source
 from transport.waiting import attempts
@@ -38,7 +40,7 @@ _log = logging.getLogger("tensorferry.transport")
 
 
 class _Handle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A record, and the part of it that is the tensor."""
+    """A record, and the part of it that is the tensor. early: it was sent before it was written."""
 
     segment: int
     slot: int
@@ -47,6 +49,7 @@ class _Handle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     nbytes: int
     start: int
     length: int
+    early: bool = False
 
 
 class _Offer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -283,24 +286,26 @@ class ShmOutbound(Outbound):
             return self._put_in_each(sources, places, timeout, poll)
         columns = {peer: place.column for peer, place in places.items()}
         loans = [_find_loan(writer, source) for source in sources]
-        fresh = [s for s, loan in zip(sources, loans, strict=True) if loan is None and s.nbytes]
         lent = [loan[0] for loan in loans if loan is not None]
         if lent:
             self._await_share(writer, lent, columns, timeout, poll)
-        reserved = self._reserve(writer, fresh, columns, timeout, poll) if fresh else []
-        followed = self._worth_following(fresh, columns)
-        try:
-            self._fill(writer, fresh, reserved, followed=followed)
-        except BaseException:
-            writer.abort(reserved)
-            raise
+        fresh, reserved, followed = [], [], False
+        if None in loans:
+            fresh = [s for s, loan in zip(sources, loans, strict=True) if loan is None and s.nbytes]
+            reserved = self._reserve(writer, fresh, columns, timeout, poll)
+            followed = self._worth_following(fresh, columns)
+            try:
+                self._fill(writer, fresh, reserved, followed=followed)
+            except BaseException:
+                writer.abort(reserved)
+                raise
         if lent:
             for column in columns.values():
                 writer.hold(lent, column)
             writer.commit(lent, keep=True)
         self._tensors += len(sources)
         self._nbytes += nbytes
-        records, load = reserved + lent, self._load(sources, loans, reserved)
+        records, load = reserved + lent, self._load(sources, loans, reserved, early=followed)
         if not followed:
             return ShmParcel(writer, records, load, columns)
         left = list(zip(fresh, reserved, strict=True))
@@ -346,18 +351,19 @@ class ShmOutbound(Outbound):
 
     def _places_of(self, readers: Sequence[Peer]) -> dict[Peer, _Place]:
         """Where readers that proved to map a ring read; `Full` names the others."""
-        found = {peer: self._places.get(peer) for peer in readers}
-        places = {peer: place for peer, place in found.items() if place is not None}
-        if len(places) < len(found):
-            unproved = {peer.name: self.explain(peer) for peer in readers if peer not in places}
-            raise Full("; ".join(f"{name}: {why}" for name, why in unproved.items()), failed=unproved)
-        return places
+        try:
+            return {peer: self._places[peer] for peer in readers}
+        except KeyError:
+            unproved = {peer.name: self.explain(peer) for peer in readers if peer not in self._places}
+        raise Full("; ".join(f"{name}: {why}" for name, why in unproved.items()), failed=unproved)
 
     def _load(
         self,
         sources: Sequence[Source],
         loans: Sequence[tuple[shm.Record, int] | None],
         reserved: Sequence[shm.Record],
+        *,
+        early: bool,
     ) -> Load:
         records = iter(reserved)
         handles = []
@@ -366,7 +372,8 @@ class ShmOutbound(Outbound):
                 handles.append(_NO_BYTES)
                 continue
             record, start = loan or (next(records), 0)
-            handles.append((self.name, _encode(_Handle(*record.handle, start, source.nbytes))))
+            handle = _Handle(*record.handle, start, source.nbytes, early and loan is None)
+            handles.append((self.name, _encode(handle)))
         return Load(handles)
 
     def _reserve(
@@ -392,6 +399,9 @@ class ShmOutbound(Outbound):
     ) -> None:
         """Loans are in the ring already, but count against the share of whom they are sent to."""
         nbytes = sum({record.slot: record.nbytes for record in lent}.values())
+        with suppress(shm.RingFull):  # mostly there is room
+            writer.check_share(columns.values(), nbytes)
+            return
         for last in attempts(timeout, poll):
             try:
                 _for_readers(columns, lambda: writer.check_share(columns.values(), nbytes))
@@ -424,6 +434,7 @@ class ShmInbound(Inbound):
     """The rings of others that this process was admitted to."""
 
     name = "shm"
+    in_place = True
 
     def __init__(self, config: TransportConfig) -> None:
         super().__init__(config)
@@ -469,23 +480,36 @@ class ShmInbound(Inbound):
         self._identities[peer] = reader.identity
 
     def open(self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]) -> Bytes:
-        reader, record, start = self._find(peer, handle, nbytes)
-        with _opening(peer, reader):
+        reader, record, where = self._find(peer, handle, nbytes)
+        start = where.start
+        try:
             view = reader.open(record)
+        except shm.ShmError as error:
+            raise _told(error, peer, reader) from error
         return view if nbytes == record.nbytes else view[start : start + nbytes]
+
+    def open_early(
+        self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]
+    ) -> tuple[Bytes, Complete | None]:
+        reader, record, where = self._find(peer, handle, nbytes)
+        start = where.start
+        view = _opened_early(peer, reader, record, where)
+        complete = (
+            None if reader.is_whole(record) else partial(_completed, peer, reader, record, start + nbytes)
+        )
+        return view if nbytes == record.nbytes else view[start : start + nbytes], complete
 
     def follow(
         self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]
     ) -> Iterator[tuple[int, Bytes]]:
-        reader, record, start = self._find(peer, handle, nbytes)
-        with _opening(peer, reader):
-            view = reader.open(record, early=True)
+        reader, record, where = self._find(peer, handle, nbytes)
+        start = where.start
+        view = _opened_early(peer, reader, record, where)
         done = start
         while done < start + nbytes:
             try:
-                with _opening(peer, reader):
-                    filled = min(reader.wait_filled(record, done + 1), start + nbytes)
-            except BaseException:
+                filled = min(_more_than(done, peer, reader, record), start + nbytes)
+            except TransportError:
                 del view  # the traceback keeps this frame, which must not keep the record
                 raise
             yield done - start, view[done:filled]
@@ -495,8 +519,8 @@ class ShmInbound(Inbound):
         """All bytes of what a handle names, however many they are; otherwise as `open`."""
         return self.open(peer, handle, _decoded(handle).length, ())
 
-    def _find(self, peer: Peer, handle: bytes, nbytes: int) -> tuple[shm.RingReader, shm.Handle, int]:
-        """Where a tensor is: whose ring, which record, and the tensor's first byte in it."""
+    def _find(self, peer: Peer, handle: bytes, nbytes: int) -> tuple[shm.RingReader, shm.Handle, _Handle]:
+        """Where a tensor is: whose ring, which record, and where in it."""
         where = _decoded(handle)
         if where.length != nbytes or not 0 <= where.start <= where.nbytes - nbytes:
             raise ProtocolError(f"{nbytes} bytes at {where.start} of a record of {where.nbytes}")
@@ -504,7 +528,7 @@ class ShmInbound(Inbound):
         if reader is None:
             raise PeerGone(f"the ring of {peer.name}'s tensor is not mapped here (any more)")
         record = shm.Handle(where.segment, where.slot, where.generation, where.offset, where.nbytes)
-        return reader, record, where.start
+        return reader, record, where
 
     def alive(self, peer: Peer) -> bool | None:
         """Whether the writer of the peer's ring lives; None when no ring of it is mapped here."""
@@ -537,19 +561,49 @@ def _decoded(handle: bytes) -> _Handle:
         raise ProtocolError(f"a ring handle is not one: {error}") from error
 
 
-@contextmanager
-def _opening(peer: Peer, reader: shm.RingReader) -> Iterator[None]:
-    """What opening a record of `peer` raises, as the transport's own errors."""
+def _opened_early(peer: Peer, reader: shm.RingReader, record: shm.Handle, where: _Handle) -> Bytes:
+    """A record of which some bytes may still be written."""
     try:
-        yield
-    except shm.StaleHandle as error:
-        if _writer_alive(reader):
-            raise ProtocolError(f"a stale handle from {peer.name}: {error}") from error
-        raise PeerGone(f"the writer of {peer.name}'s tensor died: {error}") from error
-    except shm.Stalled as error:
-        raise Timeout(f"{peer.name}: {error}") from error
-    except shm.RingClosed as error:
-        raise PeerGone(f"the ring of {peer.name}'s tensor is not mapped here any more") from error
+        return reader.open(record, early=True)
+    except shm.ShmError as error:
+        raise _told(error, peer, reader, early=where.early) from error
+
+
+def _more_than(
+    done: int, peer: Peer, reader: shm.RingReader, record: shm.Handle, timeout: float = 1.0
+) -> int:
+    """How many of the first bytes are there, once they are more than `done`; errors as `Inbound.follow`."""
+    try:
+        return reader.wait_filled(record, done + 1, timeout=timeout)
+    except shm.ShmError as error:
+        raise _told(error, peer, reader, early=True) from error
+
+
+def _completed(peer: Peer, reader: shm.RingReader, record: shm.Handle, end: int, timeout: float) -> bool:
+    """Whether the first `end` bytes are there, within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    done = 0
+    while done < end:
+        try:
+            done = _more_than(done, peer, reader, record, max(0.0, deadline - time.monotonic()))
+        except Timeout:
+            return False
+        if done < end and time.monotonic() >= deadline:
+            return False
+    return True
+
+
+def _told(error: shm.ShmError, peer: Peer, reader: shm.RingReader, *, early: bool = False) -> TransportError:
+    """What opening a record of `peer` raised, as the transport's own error."""
+    if isinstance(error, shm.Stalled):
+        return Timeout(f"{peer.name}: {error}")
+    if isinstance(error, shm.RingClosed):
+        return PeerGone(f"the ring of {peer.name}'s tensor is not mapped here any more")
+    if early and _writer_alive(reader):
+        return GivenUp(f"{peer.name} failed to write a tensor: {error}")
+    if _writer_alive(reader):
+        return ProtocolError(f"a stale handle from {peer.name}: {error}")
+    return PeerGone(f"the writer of {peer.name}'s tensor died: {error}")
 
 
 def _writer_alive(reader: shm.RingReader) -> bool:
