@@ -7,6 +7,7 @@ thread, in the middle of any function, at any time: it takes no lock and calls n
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -27,9 +28,11 @@ from shm.tenure import Tenure, Watch
 from shm.words import TOTAL_STORE_ORDER, fence, fence_in_finalizer
 
 _FINALIZER_MAY_TAKE = 1.0  # seconds between the death of a view and the store of its finalizer
-_ASK_EVERY = 64  # looks at a record that is being filled, until its writer's lock is asked
-# How often to yield while the writer is in mid-step, and to sleep afterwards.
-_YIELDS, _NAP, _LONGEST_NAP = 100, 50e-6, 2e-3
+_ASK_EVERY = 16  # looks at a record that is being filled, until its writer's lock is asked
+_YIELDS, _NAP = 100, 50e-6  # how often to yield while the writer is in mid-step, and to sleep afterwards
+# Who waits for a copy assumes so many bytes per second until it has seen some, and sleeps for this part of
+# the time that is left at that speed.
+_FAST, _EARLY, _LONGEST_NAP = 16e9, 0.5, 10e-3
 
 View = NDArray[np.uint8]
 
@@ -180,33 +183,34 @@ class RingReader:
             fence()  # SYNC publish: the count before the bytes that it counts
         return count
 
-    def wait_filled(self, handle: Handle, least: int, *, timeout: float = 1.0) -> int:
+    def wait_filled(
+        self, handle: Handle, least: int, *, timeout: float = 1.0, within: float = math.inf
+    ) -> int:
         """`filled` once at least `least` of the first bytes of a record that is open here are complete.
 
-        `StaleHandle` when the writer gave it up or died; `Stalled` when it lives but has made no progress
-        for `timeout` seconds; `RingClosed`.
+        Fewer when `within` seconds are over. `StaleHandle` when the writer gave it up or died; `Stalled` when
+        it lives but has made no progress for `timeout` seconds; `RingClosed`.
         """
-        started, tries, seen = time.monotonic(), 0, -1
-        while True:
+        began = progressed = time.monotonic()
+        first = seen = self.filled(handle)
+        tries, now = 0, began
+        while seen < least and now - began < within:
+            # Few looks: on a machine without a free core each takes time from who is writing.
+            speed = (seen - first) / (now - began) if seen > first else _FAST
+            nap = max((least - seen) / speed * _EARLY, (now - progressed) / 8, _NAP)
+            time.sleep(min(nap, _LONGEST_NAP, within))
             self._usable()
-            count = self.filled(handle)
-            if count >= least:
-                return count
-            # Asked before the words are read once more: what is not there then will never be.
-            if tries % _ASK_EVERY == _ASK_EVERY - 1 and not self._segment.writer_alive():
-                if self.filled(handle) >= least:
-                    continue
-                raise StaleHandle(f"the writer died while it filled slot {handle.slot}")
-            now = time.monotonic()
+            count, tries, now = self.filled(handle), tries + 1, time.monotonic()
             if count > seen:
-                started, seen = now, count
-            elif now - started > timeout:
-                raise Stalled(
-                    f"the writer (pid {self._header[at.H_PID]}) stopped while filling slot {handle.slot}"
-                )
-            tries += 1
-            # The longer it has taken, the less it matters to find out at once.
-            time.sleep(0 if tries < _YIELDS else min(max(_NAP, (now - started) / 32), _LONGEST_NAP))
+                seen, progressed = count, now
+            elif tries % _ASK_EVERY == 0 and not self._segment.writer_alive():
+                # Read once more: what is not there after the lock was found free will never be.
+                if (seen := self.filled(handle)) < least:
+                    raise StaleHandle(f"the writer died while it filled slot {handle.slot}")
+            elif now - progressed > timeout:
+                pid = self._header[at.H_PID]
+                raise Stalled(f"the writer (pid {pid}) stopped while filling slot {handle.slot}")
+        return seen
 
     def close(self) -> None:
         """Open nothing any more. The column stays locked until the last view of its records is gone."""

@@ -59,7 +59,7 @@ class TransportConfig:
         0, "threads that copy one tensor of 1 MiB and more; 0: by cores", least=0, most=64
     )
     cut_through: bool = _option(
-        True, "be told of a tensor of 1 MiB and more before it is written, and wait for its end"
+        True, "be told of a tensor of 4 MiB and more before it is written, and wait for its end"
     )
     device_pool_bytes: int = _option(
         256 << 20,

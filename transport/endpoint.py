@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -21,7 +21,7 @@ from transport.exchange import LOOK_AT_LOCKS_EVERY, Exchange
 from transport.message import Refused, Welcome
 from transport.receiving import Message
 from transport.staging import Stage
-from transport.tensors import spec_for, view
+from transport.tensors import Tensor, spec_for, view
 
 _DIAL_NAP = 0.05
 _MOMENT = 2e-3
@@ -45,6 +45,23 @@ class PeerInfo:
     oldest: float
     slow: bool
     held: Held | None
+
+
+class _Loan:
+    """What `Endpoint.loan` returns: it keeps the tensor until the end of the `with`."""
+
+    __slots__ = ("_lend", "_tensor")
+
+    def __init__(self, lend: Callable[[], Tensor]) -> None:
+        self._lend = lend
+        self._tensor: Tensor | None = None
+
+    def __enter__(self) -> Tensor:
+        tensor = self._tensor = self._lend()
+        return tensor
+
+    def __exit__(self, *exception: object) -> None:
+        self._tensor = None
 
 
 class Endpoint:
@@ -186,10 +203,9 @@ class Endpoint:
             exchange.check()  # as in `send`
             raise
 
-    @contextmanager
     def loan(
         self, shape: Sequence[int], dtype: torch.dtype | np.dtype[Any] | type, *, timeout: float | None = None
-    ) -> Iterator[Any]:
+    ) -> AbstractContextManager[Any]:
         """An uninitialised tensor of that shape in the ring, to be filled and sent without a copy.
 
         dtype: torch's for a torch tensor, numpy's for an array. Slices of it can be sent as well, and it
@@ -197,6 +213,11 @@ class Endpoint:
         the last view of it is gone. Where there is no room in shared memory it is a plain tensor. `Full`
         for a backend that must have room.
         """
+        return _Loan(partial(self._lend, shape, dtype, timeout))
+
+    def _lend(
+        self, shape: Sequence[int], dtype: torch.dtype | np.dtype[Any] | type, timeout: float | None
+    ) -> Tensor:
         exchange = self._exchange
         exchange.check()
         spec = spec_for(shape, dtype)
@@ -210,7 +231,7 @@ class Endpoint:
             except Exception:
                 exchange.check()  # as in `send`
                 raise
-        yield view(np.empty(nbytes, np.uint8) if buffer is None else buffer, spec)
+        return view(np.empty(nbytes, np.uint8) if buffer is None else buffer, spec)
 
     # ------------------------------------------------------------------ receiving
 

@@ -20,7 +20,7 @@ from .specs import Bytes, Tensor, TensorSpec, Window, is_aligned, shaped
 Progress: TypeAlias = Callable[[int], None]
 
 PARALLEL_PIECE = 1 << 20  # of less, handing it to a thread costs more than copying it
-PROGRESS_PIECE = 8 << 20
+PROGRESS_PIECE = 1 << 20
 RANGE_PIECE = 1 << 20
 _PAGE = 4096
 
@@ -55,7 +55,7 @@ class Source:
         threads: how many copy at the same time, 1 MiB or more each. Strided torch tensors are the exception:
         torch splits those over threads of its own (`torch.set_num_threads`). When this returns or raises,
         no thread writes any more. progress: called in this thread with the number of bytes complete from
-        the start, growing up to nbytes, every 8 MiB at most. ValueError: a destination of another form.
+        the start, growing up to nbytes, every MiB at most. ValueError: a destination of another form.
         """
         _check_destination(destination, self.nbytes)
         if not self._suits(destination):
@@ -70,7 +70,7 @@ class Source:
         if self.nbytes > limit and workers > 1:
             _write_parallel(self._pieces(limit), destination, workers, progress)
         elif self.nbytes > limit:
-            _write_in_order(self._pieces(limit), destination, progress)
+            self._write_in_order(limit, destination, progress)
         else:
             if self.nbytes:
                 self._write(destination)
@@ -134,6 +134,12 @@ class Source:
         """Write all bytes in the calling thread; there is at least one."""
         raise NotImplementedError
 
+    def _write_in_order(self, limit: int, destination: Bytes, progress: Progress | None) -> None:
+        """Write all bytes in the calling thread, `limit` at a time."""
+        for piece, into, complete in _placed(self._pieces(limit), destination):
+            piece._write(into)
+            _report(progress, complete)
+
     def _is_parallel(self) -> bool:
         """Whether pieces may be written by several threads of ours."""
         return isinstance(self.tensor, np.ndarray)
@@ -164,6 +170,13 @@ class _Flat(Source):
 
     def _write(self, destination: Bytes) -> None:
         np.copyto(destination, self._bytes())
+
+    def _write_in_order(self, limit: int, destination: Bytes, progress: Progress | None) -> None:
+        flat = self._bytes()
+        for start in range(0, self.nbytes, limit):
+            complete = min(start + limit, self.nbytes)
+            np.copyto(destination[start:complete], flat[start:complete])
+            _report(progress, complete)
 
     def _write_range(self, destination: Bytes, start: int, stop: int) -> None:
         if start < stop:
@@ -360,12 +373,6 @@ def _placed(pieces: Iterator[Source], destination: Bytes) -> Iterator[tuple[Sour
         after = start + piece.nbytes
         yield piece, destination[start:after], after
         start = after
-
-
-def _write_in_order(pieces: Iterator[Source], destination: Bytes, progress: Progress | None) -> None:
-    for piece, into, complete in _placed(pieces, destination):
-        piece._write(into)
-        _report(progress, complete)
 
 
 def _write_parallel(

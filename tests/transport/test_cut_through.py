@@ -25,6 +25,7 @@ from transport.sources import Progress, Source
 from transport.tensors import source_of
 
 MIB = 1 << 20
+LARGE = 4 * MIB  # enough to be followed
 
 
 def config(**changes: Any) -> transport.TransportConfig:
@@ -76,35 +77,35 @@ def put(both: Both, *sources: Source) -> Parcel:
 
 def followed(both: Both, parcel: Parcel, index: int = 0) -> Iterator[tuple[int, Bytes]]:
     name, handle = parcel.load(both.peer).handles[index]
-    for start, array in both.inbounds[name].follow(both.peer, handle, MIB, []):
+    for start, array in both.inbounds[name].follow(both.peer, handle, LARGE, []):
         assert isinstance(array, np.ndarray)
         yield start, array
         del array
 
 
 def test_a_reader_sees_the_first_half_while_the_second_is_not_written(both: Both) -> None:
-    data = noise(MIB)
+    data = noise(LARGE)
     source = InSteps(data)
     with ThreadPoolExecutor(1) as pool:
         parcel = put(both, source)
         filling = pool.submit(parcel.fill)
         pieces = followed(both, parcel)
         start, first = next(pieces)
-        assert (start, first.nbytes) == (0, MIB // 2)
-        assert np.array_equal(first, data.numpy()[: MIB // 2])
+        assert (start, first.nbytes) == (0, LARGE // 2)
+        assert np.array_equal(first, data.numpy()[: LARGE // 2])
         assert not filling.done()
         source.go_on.set()
         rest = list(pieces)
         filling.result(WAIT)
-    assert [start for start, _ in rest] == [MIB // 2]
-    assert np.array_equal(rest[0][1], data.numpy()[MIB // 2 :])
+    assert [start for start, _ in rest] == [LARGE // 2]
+    assert np.array_equal(rest[0][1], data.numpy()[LARGE // 2 :])
     parcel.release(both.peer)
     del first, rest, pieces
     assert both.outbound.statistics()["ring"].live == 0  # type: ignore[attr-defined]
 
 
 def test_a_copy_that_fails_is_an_error_at_the_reader_and_gives_the_space_back(both: Both) -> None:
-    source = InSteps(noise(MIB), fails=True)
+    source = InSteps(noise(LARGE), fails=True)
     with ThreadPoolExecutor(1) as pool:
         parcel = put(both, source)
         filling = pool.submit(parcel.fill)
@@ -116,14 +117,14 @@ def test_a_copy_that_fails_is_an_error_at_the_reader_and_gives_the_space_back(bo
     with pytest.raises(ProtocolError, match="the writer gave up"):
         next(pieces)
     parcel.release(both.peer)  # the acknowledgement of the message that failed
-    assert np.array_equal(first, noise(MIB).numpy()[: MIB // 2])  # not used again while it is looked at
+    assert np.array_equal(first, noise(LARGE).numpy()[: LARGE // 2])  # not used again while it is looked at
     assert both.outbound.statistics()["ring"].live == 1  # type: ignore[attr-defined]
     del first, pieces
     assert both.outbound.statistics()["ring"].live == 0  # type: ignore[attr-defined]
 
 
 def test_what_nobody_was_told_of_is_not_written(both: Both) -> None:
-    parcel = put(both, InSteps(noise(MIB)))
+    parcel = put(both, InSteps(noise(LARGE)))
     parcel.release(both.peer)  # the message could not be sent
     parcel.fill()
     assert both.outbound.statistics()["ring"].live == 0  # type: ignore[attr-defined]
@@ -132,12 +133,12 @@ def test_what_nobody_was_told_of_is_not_written(both: Both) -> None:
 def test_who_does_not_follow_finds_it_whole() -> None:
     both = Both(config(cut_through=False))
     with ThreadPoolExecutor(1) as pool:
-        source = InSteps(noise(MIB))
+        source = InSteps(noise(LARGE))
         source.fill = source._whole.fill  # type: ignore[method-assign] # which asks for no progress
         parcel = pool.submit(put, both, source).result(WAIT)
     ((start, whole),) = followed(both, parcel)
-    assert (start, whole.nbytes) == (0, MIB)
-    assert np.array_equal(whole, noise(MIB).numpy())
+    assert (start, whole.nbytes) == (0, LARGE)
+    assert np.array_equal(whole, noise(LARGE).numpy())
     parcel.release(both.peer)
     both.close()
 
@@ -201,18 +202,18 @@ def exchanged(link: Link, body: Any, stage: Elsewhere | None) -> transport.Messa
 
 def test_tensors_come_as_they_were_sent(link: Link) -> None:
     body = {
-        "large": noise(3 * MIB).view(torch.bfloat16).view(3, -1),
+        "large": noise(5 * MIB).view(torch.bfloat16).view(5, -1),
         "small": torch.arange(3.0),
         "empty": torch.empty(0, 4),
         "strided": noise(2 * MIB).view(1024, -1).T,
-        "array": np.arange(300_000),
+        "array": np.arange(100_000),
     }
     stage = Elsewhere()
     message = exchanged(link, body, stage)
     for name, value in body.items():
         assert same(message.body[name], value), name
     assert message.staged is stage.batches[-1]
-    assert [place.tensor.nbytes for place in stage.batches[-1].places] == [3 * MIB, 12, 0, 2 * MIB]
+    assert [place.tensor.nbytes for place in stage.batches[-1].places] == [5 * MIB, 12, 0, 2 * MIB]
     assert message.body["large"].untyped_storage().data_ptr() == stage.batches[-1].places[0].tensor.data_ptr()
 
 
@@ -243,11 +244,11 @@ def test_a_stage_that_has_no_memory_refuses_that_message_alone(link: Link) -> No
 
     front, near = link
     with ThreadPoolExecutor(1) as pool:
-        sending = pool.submit(front.send, {"x": noise(2 * MIB)})
+        sending = pool.submit(front.send, {"x": noise(LARGE)})
         with pytest.raises(ProtocolError, match="no memory on the device"):
             near.receive(stage=Full())
         sending.result(WAIT)
-    assert exchanged(link, {"x": noise(2 * MIB)}, Elsewhere()).body["x"].equal(noise(2 * MIB))
+    assert exchanged(link, {"x": noise(LARGE)}, Elsewhere()).body["x"].equal(noise(LARGE))
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "staged"])
@@ -264,14 +265,14 @@ def calling(event: str, call: Callable[[], object]) -> transport.TransportConfig
 def test_a_message_that_its_sender_failed_to_write_reaches_nobody(
     address: str, stage: Elsewhere | None, opened: bool
 ) -> None:
-    source = InSteps(noise(2 * MIB), fails=True)
+    source = InSteps(noise(LARGE), fails=True)
     settings = calling("ring.opened", source.go_on.set)
     with (
         transport.listen(address, config=config()) as front,
         joined(front, "near", settings) as near,
         ThreadPoolExecutor(2) as pool,
     ):
-        exchanged((front, near), {"x": noise(2 * MIB)}, stage)
+        exchanged((front, near), {"x": noise(LARGE)}, stage)
         if opened:
             source.go_on.clear()
         sending = pool.submit(send_source, front, source)
@@ -289,13 +290,13 @@ def test_a_message_that_its_sender_failed_to_write_reaches_nobody(
 
 
 def test_a_message_that_is_still_being_written_is_waited_for_and_named(address: str) -> None:
-    source = InSteps(noise(2 * MIB))
+    source = InSteps(noise(LARGE))
     with (
         transport.listen(address, config=config()) as front,
         joined(front, "near", config()) as near,
         ThreadPoolExecutor(2) as pool,
     ):
-        exchanged((front, near), {"x": noise(2 * MIB)}, None)
+        exchanged((front, near), {"x": noise(LARGE)}, None)
         sending = pool.submit(send_source, front, source)
         with pytest.raises(transport.Timeout, match=r"message 2 from 'front'.* is not written to its end"):
             near.receive(timeout=0.2)
@@ -305,11 +306,11 @@ def test_a_message_that_is_still_being_written_is_waited_for_and_named(address: 
         receiving = pool.submit(near.receive, copy=True)
         source.go_on.set()
         sending.result(WAIT)
-        assert same(receiving.result(WAIT).body["x"], noise(2 * MIB))
+        assert same(receiving.result(WAIT).body["x"], noise(LARGE))
 
 
 def test_an_event_loop_goes_on_while_a_message_is_being_written(address: str) -> None:
-    source = InSteps(noise(2 * MIB))
+    source = InSteps(noise(LARGE))
 
     async def received(near: transport.Endpoint) -> transport.Message:
         receiving = asyncio.create_task(near.receive_async())
@@ -323,9 +324,9 @@ def test_an_event_loop_goes_on_while_a_message_is_being_written(address: str) ->
         joined(front, "near", config()) as near,
         ThreadPoolExecutor(1) as pool,
     ):
-        exchanged((front, near), {"x": noise(2 * MIB)}, None)
+        exchanged((front, near), {"x": noise(LARGE)}, None)
         sending = pool.submit(send_source, front, source)
-        assert same(asyncio.run(received(near)).body["x"], noise(2 * MIB))
+        assert same(asyncio.run(received(near)).body["x"], noise(LARGE))
         sending.result(WAIT)
 
 
@@ -340,15 +341,15 @@ def send_source(front: transport.Endpoint, source: Source) -> None:
 def _dies_while_it_sends(address: str) -> None:
     with transport.listen(address, config=config()) as front:
         front.wait_for_peers(1, timeout=WAIT)
-        front.send({"x": noise(2 * MIB)})
-        source = InSteps(noise(2 * MIB))
+        front.send({"x": noise(LARGE)})
+        source = InSteps(noise(LARGE))
         send_source(front, source)  # never ends
 
 
 def test_a_writer_killed_half_way_is_gone_and_nothing_half_is_handed_out(
     address: str, stage: Elsewhere | None
 ) -> None:
-    opened = []
+    opened: list[None] = []
 
     def kill() -> None:
         opened.append(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import threading
 import time
@@ -70,7 +71,7 @@ _handles = msgspec.msgpack.Decoder(_Handle)
 _offers = msgspec.msgpack.Decoder(_Offer)
 _proofs = msgspec.msgpack.Decoder(_Proof)
 _encode = msgspec.msgpack.Encoder().encode
-_WORTH_FOLLOWING = 1 << 20  # bytes; less is copied before the peer has woken up
+_WORTH_FOLLOWING = 4 << 20  # bytes; of less there is little left when the peer has woken up
 _NO_BYTES = ("inline", _encode(b""))  # a record needs at least one byte
 
 
@@ -508,7 +509,7 @@ class ShmInbound(Inbound):
         done = start
         while done < start + nbytes:
             try:
-                filled = min(_more_than(done, peer, reader, record), start + nbytes)
+                filled = min(_written(peer, reader, record, done + 1), start + nbytes)
             except TransportError:
                 del view  # the traceback keeps this frame, which must not keep the record
                 raise
@@ -569,28 +570,25 @@ def _opened_early(peer: Peer, reader: shm.RingReader, record: shm.Handle, where:
         raise _told(error, peer, reader, early=where.early) from error
 
 
-def _more_than(
-    done: int, peer: Peer, reader: shm.RingReader, record: shm.Handle, timeout: float = 1.0
+def _written(
+    peer: Peer,
+    reader: shm.RingReader,
+    record: shm.Handle,
+    least: int,
+    *,
+    timeout: float = 1.0,
+    within: float = math.inf,
 ) -> int:
-    """How many of the first bytes are there, once they are more than `done`; errors as `Inbound.follow`."""
+    """`RingReader.wait_filled`; errors as `Inbound.follow`."""
     try:
-        return reader.wait_filled(record, done + 1, timeout=timeout)
+        return reader.wait_filled(record, least, timeout=timeout, within=within)
     except shm.ShmError as error:
         raise _told(error, peer, reader, early=True) from error
 
 
-def _completed(peer: Peer, reader: shm.RingReader, record: shm.Handle, end: int, timeout: float) -> bool:
-    """Whether the first `end` bytes are there, within `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    done = 0
-    while done < end:
-        try:
-            done = _more_than(done, peer, reader, record, max(0.0, deadline - time.monotonic()))
-        except Timeout:
-            return False
-        if done < end and time.monotonic() >= deadline:
-            return False
-    return True
+def _completed(peer: Peer, reader: shm.RingReader, record: shm.Handle, end: int, within: float) -> bool:
+    """Whether the first `end` bytes are there, within so many seconds."""
+    return _written(peer, reader, record, end, timeout=math.inf, within=within) >= end
 
 
 def _told(error: shm.ShmError, peer: Peer, reader: shm.RingReader, *, early: bool = False) -> TransportError:
