@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,18 +46,31 @@ def until(what: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-@pytest.fixture
-def pair(address: str) -> Iterator[tuple[Front, Core]]:
+@contextmanager
+def linked(address: str, copy_above: float) -> Iterator[tuple[Front, Core]]:
     """A front end and its engine, linked, the ring mapped."""
-    with_options = settings(copy_above=0.5)
-    core = Core(with_options, 0, [address], workers=0)
-    front = Front(with_options, address)
+    given = settings(copy_above=copy_above)
+    core = Core(given, 0, [address], workers=0)
+    front = Front(given, address)
     try:
         assert front.wait_for([0], timeout=30) == [0]
         yield front, core
     finally:
         front.close()
         core.close()
+
+
+@pytest.fixture
+def pair(address: str) -> Iterator[tuple[Front, Core]]:
+    with linked(address, copy_above=0.5) as both:
+        yield both
+
+
+@pytest.fixture
+def keeping(address: str) -> Iterator[tuple[Front, Core]]:
+    """The same, of which the engine copies nothing out of the ring, however full that is."""
+    with linked(address, copy_above=1.0) as both:
+        yield both
 
 
 def image(seed: int = 0, shape: tuple[int, ...] = IMAGE) -> torch.Tensor:
@@ -123,8 +137,8 @@ def test_the_tensors_of_a_request_are_copied_together_and_are_records_of_their_o
     until(lambda: used(front) < 2 * prompt.nbytes // 4)
 
 
-def test_of_a_request_too_large_for_the_ring_some_tensors_go_vllms_way(pair: tuple[Front, Core]) -> None:
-    front, core = pair
+def test_of_a_request_too_large_for_the_ring_some_tensors_go_vllms_way(keeping: tuple[Front, Core]) -> None:
+    front, core = keeping
     parts = [image(seed) for seed in range(20)]  # 24 MB into 16
     with front.sending_to(ENGINE, parts):
         metas = [front.lend(part) for part in parts]
@@ -143,19 +157,13 @@ def test_what_the_ring_is_not_for_goes_vllms_way(pair: tuple[Front, Core]) -> No
     assert ways == {"vLLM (not linked)", "vLLM (larger than the ring)"}
 
 
-def test_a_ring_full_of_what_is_kept_is_passed_by(address: str) -> None:
-    given = settings(copy_above=1.0)
-    core, front = Core(given, 0, [address], workers=0), Front(given, address)
-    try:
-        front.wait_for([0], timeout=30)
-        metas = [lend(front, image(seed)) for seed in range(20)]  # 24 MB into 16
-        kept = [provide(core, meta) for meta in metas if meta is not None]
-        assert 0 < len(kept) < 20
-        assert all(torch.equal(tensor, image(seed)) for seed, tensor in enumerate(kept))
-        assert ("vLLM (Full)") in {how for _, how, _, _ in front.counts.rows()}
-    finally:
-        front.close()
-        core.close()
+def test_a_ring_full_of_what_is_kept_is_passed_by(keeping: tuple[Front, Core]) -> None:
+    front, core = keeping
+    metas = [lend(front, image(seed)) for seed in range(20)]  # 24 MB into 16
+    kept = [provide(core, meta) for meta in metas if meta is not None]
+    assert 0 < len(kept) < 20
+    assert all(torch.equal(tensor, image(seed)) for seed, tensor in enumerate(kept))
+    assert "vLLM (Full)" in {how for _, how, _, _ in front.counts.rows()}
 
 
 def test_above_the_fill_level_tensors_are_copied_out_as_they_come(pair: tuple[Front, Core]) -> None:

@@ -158,7 +158,7 @@ class Handshake:
                 return draw.word() if wrong else _NONCE
             case "name":
                 return draw.text() if wrong else draw.pick(("stranger", "other", "third", "front"))
-            case "window" | "window_bytes" | "patience" | "seen" | "pid":
+            case "window" | "window_bytes" | "patience" | "ring_patience" | "seen" | "pid":
                 return draw.number()
             case "accepts":
                 return [draw.text() for _ in range(draw.byte() % 70)] if wrong else _BACKENDS[:3]
@@ -189,7 +189,9 @@ class Handshake:
 
     def _place(self, draw: Draw) -> tuple[str, msgspec.Raw]:
         """A backend and a handle of it, or not of it."""
-        handle = draw.pick((draw.byte() % 3, draw.take(60), [draw.number() for _ in range(7)]))
+        handle = draw.pick(
+            (draw.byte() % 3, draw.take(60), [draw.number() for _ in range(7 + draw.byte() % 2)])
+        )
         return draw.pick(_BACKENDS), msgspec.Raw(msgspec.msgpack.encode(handle))
 
     def _offer(self, draw: Draw) -> bytes:
