@@ -22,14 +22,15 @@ from numpy.typing import NDArray
 
 from shm import layout as at
 from shm import memory, segment
-from shm.columns import Columns, Mask
-from shm.errors import NoSpace, RecordTooLarge, RingClosed, RingFull
+from shm.columns import Columns
+from shm.errors import RingClosed, RingFull
 from shm.handle import Offer
 from shm.layout import Layout
 from shm.ledger import Ledger
 from shm.mapping import address_of, lineage
 from shm.placement import Placement
-from shm.record import Holding, Lease, Record, RingStatistics, Trace
+from shm.record import Holding, Record, RingStatistics, Trace
+from shm.shares import Shares
 from shm.tenure import Tenure, Watch
 from shm.words import TOTAL_STORE_ORDER, fence
 
@@ -96,6 +97,7 @@ class RingWriter:
         self._ledger = Ledger(layout.slots)
         self._columns = Columns(self._segment)
         self._placement = Placement(self._segment, share=share, growth=growth, look=self._look, trace=trace)
+        self._shares = Shares(self._segment, self._ledger, self._columns, self._placement)
         self._waiting: dict[object, float] = {}  # who waits for space, in order, and since when
         self._since_look = 0
         self._closed = False
@@ -255,7 +257,7 @@ class RingWriter:
         """
         with self._lock:
             self._usable()
-            self._check_share(columns, nbytes)
+            self._shares.check(columns, nbytes)
 
     def find_loan(self, address: int, nbytes: int) -> tuple[Record, int] | None:
         """The loan that these bytes of this process's memory lie in, and where in it they begin."""
@@ -316,13 +318,7 @@ class RingWriter:
     def held(self, column: int) -> Holding:
         """What a reader has open or on its way, and how long the oldest of what it has open."""
         with self._lock:
-            if self._closed:
-                return Holding(0, 0, 0.0)
-            opened = self._opened(column)
-            flying = [r for r in self._ledger.in_flight(column) if not opened[r.slot]]
-            oldest = self._columns.oldest(column, opened)
-            seconds = max(0, time.monotonic_ns() - oldest[1]) / 1e9 if oldest else 0.0
-            return Holding(int(opened.sum()) + len(flying), self._held(column, opened), seconds)
+            return Holding(0, 0, 0.0) if self._closed else self._shares.held(column)
 
     def linked(self) -> bool:
         """Whether its name is still in /dev/shm, so that others can attach. False once the ring is closed."""
@@ -343,7 +339,6 @@ class RingWriter:
             pass
         with self._lock:
             ledger, place = self._ledger, self._placement
-            readers, oldest = self._readers()
             return RingStatistics(
                 capacity=place.capacity,
                 used=ledger.used,
@@ -352,8 +347,8 @@ class RingWriter:
                 largest_free=place.largest_free,
                 live=len(ledger.live),
                 records=ledger.records,
-                readers=readers,
-                oldest=oldest,
+                readers=self._shares.by_name(),
+                oldest=self._shares.oldest(),
             )
 
     def describe(self) -> str:
@@ -371,7 +366,7 @@ class RingWriter:
 
     def share_bytes(self) -> int:
         """How many bytes one reader may hold or be sent at a time."""
-        return self._placement.limit
+        return self._shares.limit
 
     def close(self) -> None:
         """Unlink the name. Readers keep what they have open or in flight; loans stay valid."""
@@ -383,6 +378,7 @@ class RingWriter:
         with self._lock:
             self._segment.unlink()
             self._columns.close()
+            self._shares.close()
             self._header = memoryview(b"").cast("Q")
             self._array = np.empty(0, np.uint8)
             self._segment.close()
@@ -402,7 +398,7 @@ class RingWriter:
             ledger = self._ledger
             for column in columns:
                 if ledger.charged.get(column, 0) + total > self._placement.limit:
-                    self._check_share(columns, total)
+                    self._shares.check(columns, total)
             if self._waiting:
                 self._wait_in_line(ticket)
             self._since_look += len(sizes)
@@ -547,53 +543,3 @@ class RingWriter:
                 return
             if start < now - since < end:
                 raise RingFull("others have waited longer for space", what="bytes")
-
-    def _check_share(self, columns: Collection[int], nbytes: int) -> None:
-        limit = self._placement.limit
-        late = tuple(column for column in columns if self._over_share(column, nbytes, limit))
-        if not late:
-            return
-        text = f"a peer's share of the ring, {memory.human(limit)}"
-        if nbytes > limit:
-            if self._placement.short is not None:
-                raise NoSpace(str(self._placement.short))
-            raise RecordTooLarge(f"{memory.human(nbytes)} exceed {text}")
-        names = ", ".join(map(self._columns.name, late))
-        raise RingFull(f"{names} would hold more than {text}", what="share", columns=late)
-
-    def _over_share(self, column: int, nbytes: int, limit: int) -> bool:
-        charged = self._ledger.charged
-        if charged.get(column, 0) + nbytes <= limit:
-            return False
-        charged[column] = self._held(column, self._opened(column))
-        return charged[column] + nbytes > limit
-
-    # ------------------------------------------------------------------ who holds what
-
-    def _line_words(self, word: int) -> NDArray[np.uint64]:
-        """One word of every slot line that was ever used."""
-        first, used = self._first_line, self._ledger.looked_at * at.SLOT_WORDS
-        lines: NDArray[np.uint64] = np.frombuffer(self._header, np.uint64)[first : first + used]
-        return lines[word :: at.SLOT_WORDS]
-
-    def _opened(self, column: int) -> Mask:
-        return self._columns.opened(column, self._line_words(at.S_GENERATION))
-
-    def _held(self, column: int, opened: Mask) -> int:
-        """The bytes that a reader has open or that are on their way to it."""
-        held = int(self._line_words(at.S_NBYTES)[opened].sum())
-        return held + sum(r.nbytes for r in self._ledger.in_flight(column) if not opened[r.slot])
-
-    def _readers(self) -> tuple[dict[str, int], Lease | None]:
-        """What each reader holds, in bytes by name, and the oldest lease of all."""
-        held: dict[str, int] = {}
-        leases = []
-        now = time.monotonic_ns()
-        for column, tenant in self._columns.tenants.items():
-            opened = self._opened(column)
-            held[tenant.name] = held.get(tenant.name, 0) + self._held(column, opened)
-            oldest = self._columns.oldest(column, opened)
-            if oldest is not None:
-                slot, since = oldest
-                leases.append(Lease(tenant.name, self._ledger.live[slot].nbytes, max(0, now - since) / 1e9))
-        return held, max(leases, key=lambda lease: lease.seconds, default=None)

@@ -20,6 +20,7 @@ RANKS: dict[str, list[set[str]]] = {
         {"extents", "liveness", "memory", "record", "tenure"},
         {"segment", "ledger"},
         {"columns", "look", "placement"},
+        {"shares"},
         {"reader", "writer", "inspect"},
     ],
     "transport": [
@@ -29,14 +30,15 @@ RANKS: dict[str, list[set[str]]] = {
         {"sharing", "sources", "staging"},
         {"tensors"},
         {"codec", "message", "waiting"},
-        {"backends.base", "curve"},
-        {"backends.budget", "backends.records", "assembly", "wire", "registry"},
+        {"backends.base", "backends.ring_messages", "curve"},
+        {"backends.budget", "backends.records", "backends.shm_inbound", "assembly", "wire", "registry"},
         {"backends.inline", "backends.frames", "backends.shm", "bulk.frames", "link"},
         {"bulk.connection", "bulk.transfer", "bulk.landing"},
         {"bulk.channel", "bulk.handshake", "bulk.tls"},
         {"bulk.hub"},
         {"backends.cuda", "backends.tcp"},
         {"backends.auto", "roster"},
+        {"lateness", "received"},
         {"sending"},
         {"receiving"},
         {"exchange"},
@@ -62,9 +64,10 @@ RANKS: dict[str, list[set[str]]] = {
     ],
 }
 
-# transport uses shm in one file; who looks at segments, and not at messages, may look at shm itself.
+# transport uses shm in its backends alone; who looks at segments, not at messages, may look at shm itself.
 DOORS_TO_SHM = {
     "transport.backends.shm",
+    "transport.backends.shm_inbound",
     "transport.backends.cuda",
     "transport.backends.records",
     "engine.ps",
@@ -89,6 +92,7 @@ MORE_LIBRARIES = {
     "shm.columns": {"numpy"},
     "shm.ledger": {"numpy"},
     "shm.reader": {"numpy"},
+    "shm.shares": {"numpy"},
     "shm.writer": {"numpy"},
     "transport.bulk.tls": {"cryptography"},  # an extra
     "transport.conformance": {"pytest"},  # for third parties' tests; nothing of the package imports it

@@ -8,7 +8,7 @@ from transport.curve import make_keys
 from transport.devices import Piece, copies_from_host, copy_in
 from transport.endpoint import Endpoint, PeerInfo, connect, listen
 from transport.errors import Closed, Full, PeerGone, ProtocolError, Timeout, TooLarge, TransportError
-from transport.receiving import Message
+from transport.received import Message
 from transport.registration import Registered, register_rings, registered, try_registration
 from transport.specs import Bytes
 from transport.staging import Batch, Place, Stage

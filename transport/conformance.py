@@ -42,7 +42,7 @@ from transport.backends.base import Bytes, Inbound, Outbound, Parcel, Peer, Proo
 from transport.config import TransportConfig
 from transport.endpoint import Endpoint, connect, listen
 from transport.errors import Full, PeerGone, ProtocolError, Timeout
-from transport.receiving import Message
+from transport.received import Message
 from transport.tensors import Source, concat, source_of, stack
 
 WAIT = 30.0  # seconds; a test never takes as long, except where it fails

@@ -19,7 +19,7 @@ from transport.config import TransportConfig
 from transport.errors import PeerGone, Timeout
 from transport.exchange import LOOK_AT_LOCKS_EVERY, Exchange
 from transport.message import Refused, Welcome
-from transport.receiving import Message
+from transport.received import Message
 from transport.staging import Stage
 from transport.tensors import Tensor, spec_for, view
 
@@ -150,7 +150,7 @@ class Endpoint:
                 now - link.since,
                 link.unacknowledged,
                 link.oldest,
-                self._exchange.sender.is_slow(link),
+                self._exchange.sender.lateness.is_slow(link),
                 self._exchange.sender.outbound.held(link.peer),
             )
             for link in self._exchange.roster.links()
@@ -339,7 +339,7 @@ class Endpoint:
             "slow": {
                 link.peer.name: link.oldest
                 for link in self._exchange.roster.links()
-                if self._exchange.sender.is_slow(link)
+                if self._exchange.sender.lateness.is_slow(link)
             },
             "left": self._exchange.roster.left(),
         }

@@ -3,132 +3,25 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 
 from transport import codec
 from transport.assembly import Assembly
-from transport.backends.base import Bytes, Complete, Inbound
+from transport.backends.base import Bytes, Inbound
 from transport.config import TransportConfig
 from transport.cudart import DeviceError
 from transport.errors import GivenUp, PeerGone, ProtocolError, Timeout
 from transport.link import Link
 from transport.message import Abandon, Data, Numbered, Part, Piece, Ping, Reference
+from transport.received import ELSEWHERE, Message, Opened, Waiting
 from transport.sending import PARTS
 from transport.specs import shaped_on_device
 from transport.staging import Batch, Stage, finished
-from transport.tensors import Source, Tensor, source_of, view
-
-_ELSEWHERE: Bytes = np.empty(0, np.uint8)  # for a tensor of which nothing is open here
-
-
-class _Waiting(NamedTuple):
-    """A message that came and was not taken; `nbytes` is what it takes up."""
-
-    link: Link
-    message: Numbered
-    frames: Sequence[Bytes]
-    nbytes: int
-
-
-class _Opened:
-    """A message whose handles are open here; some of its bytes may still be on their way."""
-
-    __slots__ = ("arrays", "batch", "data", "incomplete", "sizes", "tensors", "waiting")
-
-    def __init__(self, waiting: _Waiting, data: Data) -> None:
-        self.waiting = waiting
-        self.data = data
-        self.sizes: list[int] = []
-        self.batch: Batch | None = None
-        self.arrays: list[Bytes] = []
-        self.tensors: list[Any] = []
-        self.incomplete: deque[Complete] = deque()
-
-    def complete(self, patience: float) -> bool:
-        """Whether all bytes are there, within so many seconds."""
-        if not self.incomplete:
-            return True
-        deadline = time.monotonic() + patience
-        while self.incomplete:
-            if not self.incomplete[0](max(0.0, deadline - time.monotonic())):
-                return False
-            self.incomplete.popleft()
-        return True
-
-    def copy(self) -> None:
-        """Memory of this process's own in the place of every view."""
-        for index, reference in enumerate(self.data.tensors):
-            if self.arrays[index] is not _ELSEWHERE:
-                self.arrays[index] = self.arrays[index].copy()
-                self.tensors[index] = view(self.arrays[index], reference.spec)
-
-    def clear(self) -> None:
-        """Let go of all memory."""
-        self.arrays.clear()
-        self.tensors.clear()
-        self.incomplete.clear()
-
-
-class Message:
-    """A received message. Its tensors are views of the sender's memory until the last of them is gone.
-
-    body: what was sent. sender: the peer's name. number: counted by the sender from 1, for this link.
-    Tensors in shared memory are read-only: numpy refuses to write; an in-place operation of torch (or a
-    write through `tensor.numpy()`) ends this process with SIGSEGV. Use `receive(copy=True)` or `.clone()`.
-    staged: what the stage given to `receive` made for this message, else None.
-    """
-
-    __slots__ = (
-        "_inbounds",
-        "_tensors",
-        "arrays",
-        "body",
-        "encoded",
-        "number",
-        "references",
-        "sender",
-        "staged",
-    )
-
-    def __init__(
-        self,
-        sender: str,
-        data: Data,
-        body: Any,
-        arrays: list[Bytes],
-        tensors: list[Any],
-        inbounds: Mapping[str, Inbound],
-        staged: Batch | None = None,
-    ) -> None:
-        self.body = body
-        self.staged = staged
-        self.sender = sender
-        self.number = data.number
-        self.encoded = data.body
-        self.references = data.tensors
-        self.arrays = arrays
-        self._tensors = tensors
-        self._inbounds = inbounds
-
-    def store_of(self, reference: Reference) -> int | None:
-        """The store whose other readers can open this tensor's handle themselves."""
-        inbound = self._inbounds.get(reference.backend)
-        return None if inbound is None else inbound.store_of(bytes(reference.handle))
-
-    def source(self, index: int) -> Source:
-        """A tensor as something to be sent again."""
-        source = source_of(self._tensors[index])
-        assert source is not None  # it came as a tensor
-        return source
-
-    def __repr__(self) -> str:
-        return f"<Message {self.number} from {self.sender!r} with {len(self.references)} tensors>"
+from transport.tensors import Tensor, view
 
 
 class Receiver:
@@ -142,10 +35,10 @@ class Receiver:
         self._finish = finish
         self._in_place = {name for name, inbound in inbounds.items() if inbound.in_place}
         self._on_device = {name for name, inbound in inbounds.items() if inbound.on_device}
-        self.queue: deque[_Waiting] = deque()
+        self.queue: deque[Waiting] = deque()
         self._assemblies: dict[int, Assembly | None] = {}
         self._receiving = threading.Lock()
-        self._opened: _Opened | None = None  # the message whose bytes are being waited for
+        self._opened: Opened | None = None  # the message whose bytes are being waited for
         self._later = {PARTS, *(name for name, inbound in inbounds.items() if inbound.comes_later)}
         self.counts: Counter[str] = Counter()
 
@@ -165,7 +58,7 @@ class Receiver:
             )
         link.arrived = message.number
         link.arrived_bytes += nbytes
-        self.queue.append(_Waiting(link, message, frames, nbytes))
+        self.queue.append(Waiting(link, message, frames, nbytes))
 
     # ------------------------------------------------------------------ taking
 
@@ -204,7 +97,7 @@ class Receiver:
         """Whether there is a message that can be taken now."""
         return self._next() is not None
 
-    def _next(self) -> _Waiting | None:
+    def _next(self) -> Waiting | None:
         """The first message whose bytes have come.
 
         Those whose bytes come by themselves are taken in the order of their link; others overtake them.
@@ -228,7 +121,7 @@ class Receiver:
             return any(reference.backend in self._later for reference in message.tensors)
         return not isinstance(message, Ping)
 
-    def _is_ready(self, waiting: _Waiting) -> bool:
+    def _is_ready(self, waiting: Waiting) -> bool:
         link, message = waiting.link, waiting.message
         return all(
             self.inbounds[place.backend].is_ready(link.peer, bytes(place.handle))
@@ -237,13 +130,13 @@ class Receiver:
         )
 
     def _take_data(
-        self, waiting: _Waiting, type_: Any, *, copy: bool, stage: Stage | None, patience: float
+        self, waiting: Waiting, type_: Any, *, copy: bool, stage: Stage | None, patience: float
     ) -> Message | None:
         """The message; None when it is not complete yet, or was given up and is gone."""
         link, data, opened = waiting.link, waiting.message, self._opened
         assert isinstance(data, Data)
         if opened is None or opened.waiting is not waiting:
-            opened = _Opened(waiting, data)
+            opened = Opened(waiting, data)
         self._opened = None
         try:
             if not opened.tensors:
@@ -284,7 +177,7 @@ class Receiver:
         inbounds = {} if copy or opened.batch is not None else self.inbounds
         return Message(link.peer.name, data, body, opened.arrays, opened.tensors, inbounds, opened.batch)
 
-    def _open_all(self, opened: _Opened, stage: Stage | None) -> None:
+    def _open_all(self, opened: Opened, stage: Stage | None) -> None:
         """Open every tensor of a message, whether all its bytes are there or not; no local keeps one."""
         link, _, frames, _ = opened.waiting
         self._config.emit("receive.opening", peer=link.peer.name, number=opened.data.number)
@@ -294,7 +187,7 @@ class Receiver:
         for reference, nbytes in zip(references, opened.sizes, strict=True):
             if (batch is not None or reference.backend in self._on_device) and reference.spec.is_torch:
                 opened.tensors.append(self._bring(link, reference, nbytes, frames, batch))
-                opened.arrays.append(_ELSEWHERE)
+                opened.arrays.append(ELSEWHERE)
             else:
                 self._open(opened, reference, nbytes)
                 opened.tensors.append(view(opened.arrays[-1], reference.spec))
@@ -314,7 +207,7 @@ class Receiver:
         if self._assemblies and any(reference.backend == PARTS for reference in references):
             self._assemblies.pop(link.peer.link, None)
 
-    def _open(self, opened: _Opened, reference: Reference, nbytes: int) -> None:
+    def _open(self, opened: Opened, reference: Reference, nbytes: int) -> None:
         link, _, frames, _ = opened.waiting
         if reference.backend == PARTS:
             opened.arrays.append(self._assembled_bytes(link, reference, nbytes))
@@ -375,7 +268,7 @@ class Receiver:
             raise ProtocolError(f"this endpoint does not read the backend {name!r}")
         return inbound
 
-    def _take_other(self, waiting: _Waiting, stage: Stage | None) -> None:
+    def _take_other(self, waiting: Waiting, stage: Stage | None) -> None:
         link, message, frames, _ = waiting
         try:
             if isinstance(message, Part):
@@ -408,7 +301,7 @@ class Receiver:
             self.counts[f"bytes {piece.backend}"] += piece.nbytes
         self.counts["parts"] += 1
 
-    def _taken(self, waiting: _Waiting, nbytes: int, in_ring: int = 0) -> None:
+    def _taken(self, waiting: Waiting, nbytes: int, in_ring: int = 0) -> None:
         link, message = waiting.link, waiting.message
         index = 0
         if self.queue[0] is not waiting:

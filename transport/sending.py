@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import Counter
@@ -18,13 +17,12 @@ from transport.assembly import Slice, Span, plan
 from transport.backends.base import Bytes, Load, NoParcel, Outbound, Parcel, Peer, Refusal
 from transport.config import TransportConfig
 from transport.errors import Full, PeerGone, Timeout, TooLarge, TransportError, detached
+from transport.lateness import Lateness
 from transport.link import Build, Link
 from transport.message import Abandon, Data, Offered, Part, Piece, Reference
 from transport.roster import Roster
 from transport.tensors import Source, TensorSpec
-from transport.waiting import Poll, RateLimit, Wait, attempts
-
-_log = logging.getLogger("tensorferry.transport")
+from transport.waiting import Poll, attempts
 
 PARTS = "parts"  # the backend name of a tensor that came in parts
 _NOTHING = NoParcel(Load([]))
@@ -69,7 +67,7 @@ class Sender:
             int, tuple[str, float]
         ] = {}  # by link: the last offer, for which inbound and when
         self._pinged = 0.0
-        self._warnings = RateLimit()
+        self.lateness = Lateness(config, roster, outbound)
         self.counts: Counter[str] = Counter()
 
     def send(self, body: object, names: Sequence[str], timeout: float) -> None:
@@ -156,7 +154,7 @@ class Sender:
             if left <= 0:
                 if patience <= time.monotonic():
                     wait = f"a send waited {self._config.admission_timeout:g} s, and goes on without,"
-                    self._say("the answer to the offer of the ring", late, wait)
+                    self.lateness.say("the answer to the offer of the ring", late, wait)
                 return  # the backend goes without, or says who has not answered
             self._wait(min(_ANSWER_NAP, left))
             self._pump()
@@ -290,43 +288,9 @@ class Sender:
             for link in self._roster.links():
                 link.ping()
 
-    # ------------------------------------------------------------------ who keeps others waiting
-
-    def is_slow(self, link: Link) -> bool:
-        """Whether a message has not been acknowledged for longer than `warn_after`; slow is not dead."""
-        return link.oldest > self._config.warn_after
-
     def _watch(self, what: str, links: Sequence[Link], nbytes: int) -> Poll:
-        """The poll of a wait for `what` to send to these links, that says who is late when it gets long."""
-        return Wait(self._while_waiting, self._config.warn_after, partial(self._warn, what, links, nbytes))
-
-    def _warn(self, what: str, links: Sequence[Link], nbytes: int, seconds: float) -> None:
-        """Name the receivers that are late; else whoever is, and may hold the room; else the receivers."""
-        everybody = self._roster.links()
-        late = self._late(links) or self._late(everybody) or links or everybody
-        self._say(what, late, f"a send of {nbytes} bytes has waited {seconds:.1f} s")
-
-    def _late(self, links: Sequence[Link]) -> list[Link]:
-        return [link for link in links if self.is_slow(link) or self._holds_long(link)]
-
-    def _say(self, what: str, links: Sequence[Link], wait: str) -> None:
-        for link in links:
-            left_out = self._warnings.left_out(link.peer.name, what)
-            if left_out is not None:
-                more = f" ({left_out} more such warnings left out)" if left_out else ""
-                _log.warning("%s for %s: %s%s", wait, what, self._account(link), more)
-
-    def _holds_long(self, link: Link) -> bool:
-        held = self.outbound.held(link.peer)
-        return held is not None and held.oldest > self._config.warn_after
-
-    def _account(self, link: Link) -> str:
-        """What a peer has not acknowledged and what it holds, since when, for a person."""
-        held = self.outbound.held(link.peer)
-        if held is None:
-            return link.overdue()
-        text = f"{link.overdue()}; it holds {held.records} records ({held.nbytes} bytes)"
-        return f"{text}, the oldest open for {held.oldest:.1f} s" if held.oldest else text
+        """The poll of a wait for `what` to send to these links."""
+        return self.lateness.watched(self._while_waiting, what, links, nbytes)
 
     # ------------------------------------------------------------------ messages in parts
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import NamedTuple, TypeVar
 
 import msgspec
@@ -18,9 +16,7 @@ import shm
 from transport import registration
 from transport.backends.base import (
     Bytes,
-    Complete,
     Held,
-    Inbound,
     Load,
     NoParcel,
     Outbound,
@@ -31,48 +27,20 @@ from transport.backends.base import (
     Refusal,
 )
 from transport.backends.records import Parcels, ShmParcel, Unfilled
+from transport.backends.ring_messages import RingHandle, RingOffer, RingProof, encode, proofs, ring_trace
+from transport.backends.shm_inbound import ShmInbound
 from transport.config import TransportConfig
-from transport.errors import Full, GivenUp, PeerGone, ProtocolError, Timeout, TooLarge, TransportError
-from transport.sharing import Exporter, Importer
+from transport.errors import Full, PeerGone, TooLarge
+from transport.sharing import Exporter
 from transport.tensors import Source
 from transport.waiting import attempts
 
 _log = logging.getLogger("tensorferry.transport")
 
+__all__ = ["ShmInbound", "ShmOutbound"]
 
-class _Handle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A record, and the part of it that is the tensor. early: it was sent before it was written."""
-
-    segment: int
-    slot: int
-    generation: int
-    offset: int
-    nbytes: int
-    start: int
-    length: int
-    early: bool = False
-
-
-class _Offer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    name: str
-    column: int
-    challenge: int
-    device: bytes = b""  # what to read on the GPU that this process uses; see `transport.sharing`
-
-
-class _Proof(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Beside the challenge in the column: whether records are read early, and what was read on the GPU."""
-
-    follows: bool = False
-    device: bytes = b""
-
-
-_handles = msgspec.msgpack.Decoder(_Handle)
-_offers = msgspec.msgpack.Decoder(_Offer)
-_proofs = msgspec.msgpack.Decoder(_Proof)
-_encode = msgspec.msgpack.Encoder().encode
 _WORTH_FOLLOWING = 4 << 20  # bytes; of less there is little left when the peer has woken up
-_NO_BYTES = ("inline", _encode(b""))  # a record needs at least one byte
+_NO_BYTES = ("inline", encode(b""))  # a record needs at least one byte
 
 
 class _Place(NamedTuple):
@@ -119,7 +87,7 @@ class ShmOutbound(Outbound):
                     self._offered[peer] = ring, ring.offer()
                 challenge = self.exporter.challenge()
                 device = challenge.offer if challenge else b""
-                return _encode(_Offer(*self._offered[peer][1], device))
+                return encode(RingOffer(*self._offered[peer][1], device))
         except (shm.RingFull, shm.NoSpace) as error:
             self._refused[peer] = str(error)
             raise Full(str(error), failed={peer.name: str(error)}) from error
@@ -134,7 +102,7 @@ class ShmOutbound(Outbound):
             self._refused[peer] = answer.reason
             return answer.reason
         try:
-            proof = _proofs.decode(answer.data) if answer.data else _Proof()
+            proof = proofs.decode(answer.data) if answer.data else RingProof()
             writer.admit(offer, peer.name, peer.pid)
         except (msgspec.DecodeError, shm.AdmissionFailed) as error:
             writer.withdraw(offer)
@@ -204,7 +172,7 @@ class ShmOutbound(Outbound):
                     slots=config.max_tensors,
                     columns=config.max_readers,
                     share=config.peer_share,
-                    trace=_trace(config),
+                    trace=ring_trace(config),
                     watch=registration.rings.watch,
                 )
             return self._writer
@@ -373,8 +341,8 @@ class ShmOutbound(Outbound):
                 handles.append(_NO_BYTES)
                 continue
             record, start = loan or (next(records), 0)
-            handle = _Handle(*record.handle, start, source.nbytes, early and loan is None)
-            handles.append((self.name, _encode(handle)))
+            handle = RingHandle(*record.handle, start, source.nbytes, early and loan is None)
+            handles.append((self.name, encode(handle)))
         return Load(handles)
 
     def _reserve(
@@ -431,186 +399,6 @@ class ShmOutbound(Outbound):
         self.exporter.close()
 
 
-class ShmInbound(Inbound):
-    """The rings of others that this process was admitted to."""
-
-    name = "shm"
-    in_place = True
-
-    def __init__(self, config: TransportConfig) -> None:
-        super().__init__(config)
-        self._proved: dict[Peer, shm.RingReader] = {}  # not admitted yet
-        self._readers: dict[int, shm.RingReader] = {}
-        self._identities: dict[Peer, int] = {}
-        self.importer = Importer()
-
-    def accept(self, peer: Peer, offer: bytes, own_name: str) -> Proof | Refusal:
-        older = self._proved.pop(peer, None)
-        if older is not None:  # a peer that offers again and again must not fill this process with mappings
-            older.close()
-        try:
-            offered = _offers.decode(offer)
-            self._proved[peer] = shm.RingReader(
-                shm.Offer(offered.name, offered.column, offered.challenge),
-                own_name,
-                trace=_trace(self.config),
-                watch=registration.rings.watch,
-            )
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            return Refusal("the offer is not one")
-        except (shm.ShmError, OSError) as error:
-            return Refusal(str(error))
-        return Proof(
-            _encode(_Proof(self.config.cut_through, self.importer.answer(peer.link, offered.device)))
-        )
-
-    def settle(self, peer: Peer, reason: str) -> None:
-        reader = self._proved.pop(peer, None)
-        if reader is None:
-            return
-        if reason:
-            reader.close()
-            return
-        for identity in (reader.identity, self._identities.get(peer, 0)):
-            older = self._readers.pop(identity, None)
-            if older is not None:
-                older.close()
-        # An older link to the same process, which may end later, must not take this reader along.
-        self._identities = {p: known for p, known in self._identities.items() if known != reader.identity}
-        self._readers[reader.identity] = reader
-        self._identities[peer] = reader.identity
-
-    def open(self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]) -> Bytes:
-        reader, record, where = self._find(peer, handle, nbytes)
-        start = where.start
-        try:
-            view = reader.open(record)
-        except shm.ShmError as error:
-            raise _told(error, peer, reader) from error
-        return view if nbytes == record.nbytes else view[start : start + nbytes]
-
-    def open_early(
-        self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]
-    ) -> tuple[Bytes, Complete | None]:
-        reader, record, where = self._find(peer, handle, nbytes)
-        start = where.start
-        view = _opened_early(peer, reader, record, where)
-        complete = (
-            None if reader.is_whole(record) else partial(_completed, peer, reader, record, start + nbytes)
-        )
-        return view if nbytes == record.nbytes else view[start : start + nbytes], complete
-
-    def follow(
-        self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]
-    ) -> Iterator[tuple[int, Bytes]]:
-        reader, record, where = self._find(peer, handle, nbytes)
-        start = where.start
-        view = _opened_early(peer, reader, record, where)
-        done = start
-        while done < start + nbytes:
-            try:
-                filled = min(_written(peer, reader, record, done + 1), start + nbytes)
-            except TransportError:
-                del view  # the traceback keeps this frame, which must not keep the record
-                raise
-            yield done - start, view[done:filled]
-            done = filled
-
-    def open_record(self, peer: Peer, handle: bytes) -> Bytes:
-        """All bytes of what a handle names, however many they are; otherwise as `open`."""
-        return self.open(peer, handle, _decoded(handle).length, ())
-
-    def _find(self, peer: Peer, handle: bytes, nbytes: int) -> tuple[shm.RingReader, shm.Handle, _Handle]:
-        """Where a tensor is: whose ring, which record, and where in it."""
-        where = _decoded(handle)
-        if where.length != nbytes or not 0 <= where.start <= where.nbytes - nbytes:
-            raise ProtocolError(f"{nbytes} bytes at {where.start} of a record of {where.nbytes}")
-        reader = self._readers.get(where.segment)
-        if reader is None:
-            raise PeerGone(f"the ring of {peer.name}'s tensor is not mapped here (any more)")
-        record = shm.Handle(where.segment, where.slot, where.generation, where.offset, where.nbytes)
-        return reader, record, where
-
-    def alive(self, peer: Peer) -> bool | None:
-        """Whether the writer of the peer's ring lives; None when no ring of it is mapped here."""
-        reader = self._readers.get(self._identities.get(peer, 0))
-        return None if reader is None else _writer_alive(reader)
-
-    def stores(self) -> Collection[int]:
-        return list(self._readers)
-
-    def store_of(self, handle: bytes) -> int | None:
-        return _handles.decode(handle).segment
-
-    def drop(self, peer: Peer) -> None:
-        for reader in (self._proved.pop(peer, None), self._readers.pop(self._identities.pop(peer, 0), None)):
-            if reader is not None:
-                reader.close()
-
-    def statistics(self) -> dict[str, object]:
-        return {"rings": len(self._readers), "opened": sum(r.opened for r in self._readers.values())}
-
-    def close(self) -> None:
-        for peer in {*self._proved, *self._identities}:
-            self.drop(peer)
-
-
-def _decoded(handle: bytes) -> _Handle:
-    try:
-        return _handles.decode(handle)
-    except msgspec.DecodeError as error:
-        raise ProtocolError(f"a ring handle is not one: {error}") from error
-
-
-def _opened_early(peer: Peer, reader: shm.RingReader, record: shm.Handle, where: _Handle) -> Bytes:
-    """A record of which some bytes may still be written."""
-    try:
-        return reader.open(record, early=True)
-    except shm.ShmError as error:
-        raise _told(error, peer, reader, early=where.early) from error
-
-
-def _written(
-    peer: Peer,
-    reader: shm.RingReader,
-    record: shm.Handle,
-    least: int,
-    *,
-    timeout: float = 1.0,
-    within: float = math.inf,
-) -> int:
-    """`RingReader.wait_filled`; errors as `Inbound.follow`."""
-    try:
-        return reader.wait_filled(record, least, timeout=timeout, within=within)
-    except shm.ShmError as error:
-        raise _told(error, peer, reader, early=True) from error
-
-
-def _completed(peer: Peer, reader: shm.RingReader, record: shm.Handle, end: int, within: float) -> bool:
-    """Whether the first `end` bytes are there, within so many seconds."""
-    return _written(peer, reader, record, end, timeout=math.inf, within=within) >= end
-
-
-def _told(error: shm.ShmError, peer: Peer, reader: shm.RingReader, *, early: bool = False) -> TransportError:
-    """What opening a record of `peer` raised, as the transport's own error."""
-    if isinstance(error, shm.Stalled):
-        return Timeout(f"{peer.name}: {error}")
-    if isinstance(error, shm.RingClosed):
-        return PeerGone(f"the ring of {peer.name}'s tensor is not mapped here any more")
-    if early and _writer_alive(reader):
-        return GivenUp(f"{peer.name} failed to write a tensor: {error}")
-    if _writer_alive(reader):
-        return ProtocolError(f"a stale handle from {peer.name}: {error}")
-    return PeerGone(f"the writer of {peer.name}'s tensor died: {error}")
-
-
-def _writer_alive(reader: shm.RingReader) -> bool:
-    try:
-        return reader.writer_alive()
-    except shm.RingClosed:  # another thread has just dropped it
-        return False
-
-
 def _find_loan(writer: shm.RingWriter, source: Source) -> tuple[shm.Record, int] | None:
     """The loan that a tensor lies in, and where."""
     address = source.address
@@ -641,10 +429,3 @@ def _for_readers(columns: Mapping[Peer, int], call: Callable[[], _T]) -> _T:
         names = [peer.name for peer, column in columns.items() if column in late or not late]
         error.failed = dict.fromkeys(names, str(error))
         raise
-
-
-def _trace(config: TransportConfig) -> Callable[[str, Mapping[str, object]], None] | None:
-    trace = config.trace
-    if trace is None:
-        return None
-    return lambda event, fields: trace(f"ring.{event}", time.monotonic_ns(), fields)

@@ -1,0 +1,197 @@
+"""The rings of others, read in place: opening records, following those that are still being written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
+
+import msgspec
+
+import shm
+from transport import registration
+from transport.backends.base import Bytes, Complete, Inbound, Peer, Proof, Refusal
+from transport.backends.ring_messages import RingHandle, RingProof, encode, handles, offers, ring_trace
+from transport.config import TransportConfig
+from transport.errors import GivenUp, PeerGone, ProtocolError, Timeout, TransportError
+from transport.sharing import Importer
+
+
+class ShmInbound(Inbound):
+    """The rings of others that this process was admitted to."""
+
+    name = "shm"
+    in_place = True
+
+    def __init__(self, config: TransportConfig) -> None:
+        super().__init__(config)
+        self._proved: dict[Peer, shm.RingReader] = {}  # not admitted yet
+        self._readers: dict[int, shm.RingReader] = {}
+        self._identities: dict[Peer, int] = {}
+        self.importer = Importer()
+
+    def accept(self, peer: Peer, offer: bytes, own_name: str) -> Proof | Refusal:
+        older = self._proved.pop(peer, None)
+        if older is not None:  # a peer that offers again and again must not fill this process with mappings
+            older.close()
+        try:
+            offered = offers.decode(offer)
+            self._proved[peer] = shm.RingReader(
+                shm.Offer(offered.name, offered.column, offered.challenge),
+                own_name,
+                trace=ring_trace(self.config),
+                watch=registration.rings.watch,
+            )
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return Refusal("the offer is not one")
+        except (shm.ShmError, OSError) as error:
+            return Refusal(str(error))
+        return Proof(
+            encode(RingProof(self.config.cut_through, self.importer.answer(peer.link, offered.device)))
+        )
+
+    def settle(self, peer: Peer, reason: str) -> None:
+        reader = self._proved.pop(peer, None)
+        if reader is None:
+            return
+        if reason:
+            reader.close()
+            return
+        for identity in (reader.identity, self._identities.get(peer, 0)):
+            older = self._readers.pop(identity, None)
+            if older is not None:
+                older.close()
+        # An older link to the same process, which may end later, must not take this reader along.
+        self._identities = {p: known for p, known in self._identities.items() if known != reader.identity}
+        self._readers[reader.identity] = reader
+        self._identities[peer] = reader.identity
+
+    def open(self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]) -> Bytes:
+        reader, record, where = self._find(peer, handle, nbytes)
+        start = where.start
+        try:
+            view = reader.open(record)
+        except shm.ShmError as error:
+            raise _told(error, peer, reader) from error
+        return view if nbytes == record.nbytes else view[start : start + nbytes]
+
+    def open_early(
+        self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]
+    ) -> tuple[Bytes, Complete | None]:
+        reader, record, where = self._find(peer, handle, nbytes)
+        start = where.start
+        view = _opened_early(peer, reader, record, where)
+        complete = (
+            None if reader.is_whole(record) else partial(_completed, peer, reader, record, start + nbytes)
+        )
+        return view if nbytes == record.nbytes else view[start : start + nbytes], complete
+
+    def follow(
+        self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]
+    ) -> Iterator[tuple[int, Bytes]]:
+        reader, record, where = self._find(peer, handle, nbytes)
+        start = where.start
+        view = _opened_early(peer, reader, record, where)
+        done = start
+        while done < start + nbytes:
+            try:
+                filled = min(_written(peer, reader, record, done + 1), start + nbytes)
+            except TransportError:
+                del view  # the traceback keeps this frame, which must not keep the record
+                raise
+            yield done - start, view[done:filled]
+            done = filled
+
+    def open_record(self, peer: Peer, handle: bytes) -> Bytes:
+        """All bytes of what a handle names, however many they are; otherwise as `open`."""
+        return self.open(peer, handle, _decoded(handle).length, ())
+
+    def _find(self, peer: Peer, handle: bytes, nbytes: int) -> tuple[shm.RingReader, shm.Handle, RingHandle]:
+        """Where a tensor is: whose ring, which record, and where in it."""
+        where = _decoded(handle)
+        if where.length != nbytes or not 0 <= where.start <= where.nbytes - nbytes:
+            raise ProtocolError(f"{nbytes} bytes at {where.start} of a record of {where.nbytes}")
+        reader = self._readers.get(where.segment)
+        if reader is None:
+            raise PeerGone(f"the ring of {peer.name}'s tensor is not mapped here (any more)")
+        record = shm.Handle(where.segment, where.slot, where.generation, where.offset, where.nbytes)
+        return reader, record, where
+
+    def alive(self, peer: Peer) -> bool | None:
+        """Whether the writer of the peer's ring lives; None when no ring of it is mapped here."""
+        reader = self._readers.get(self._identities.get(peer, 0))
+        return None if reader is None else _writer_alive(reader)
+
+    def stores(self) -> Collection[int]:
+        return list(self._readers)
+
+    def store_of(self, handle: bytes) -> int | None:
+        return handles.decode(handle).segment
+
+    def drop(self, peer: Peer) -> None:
+        for reader in (self._proved.pop(peer, None), self._readers.pop(self._identities.pop(peer, 0), None)):
+            if reader is not None:
+                reader.close()
+
+    def statistics(self) -> dict[str, object]:
+        return {"rings": len(self._readers), "opened": sum(r.opened for r in self._readers.values())}
+
+    def close(self) -> None:
+        for peer in {*self._proved, *self._identities}:
+            self.drop(peer)
+
+
+def _decoded(handle: bytes) -> RingHandle:
+    try:
+        return handles.decode(handle)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"a ring handle is not one: {error}") from error
+
+
+def _opened_early(peer: Peer, reader: shm.RingReader, record: shm.Handle, where: RingHandle) -> Bytes:
+    """A record of which some bytes may still be written."""
+    try:
+        return reader.open(record, early=True)
+    except shm.ShmError as error:
+        raise _told(error, peer, reader, early=where.early) from error
+
+
+def _written(
+    peer: Peer,
+    reader: shm.RingReader,
+    record: shm.Handle,
+    least: int,
+    *,
+    timeout: float = 1.0,
+    within: float = math.inf,
+) -> int:
+    """`RingReader.wait_filled`; errors as `Inbound.follow`."""
+    try:
+        return reader.wait_filled(record, least, timeout=timeout, within=within)
+    except shm.ShmError as error:
+        raise _told(error, peer, reader, early=True) from error
+
+
+def _completed(peer: Peer, reader: shm.RingReader, record: shm.Handle, end: int, within: float) -> bool:
+    """Whether the first `end` bytes are there, within so many seconds."""
+    return _written(peer, reader, record, end, timeout=math.inf, within=within) >= end
+
+
+def _told(error: shm.ShmError, peer: Peer, reader: shm.RingReader, *, early: bool = False) -> TransportError:
+    """What opening a record of `peer` raised, as the transport's own error."""
+    if isinstance(error, shm.Stalled):
+        return Timeout(f"{peer.name}: {error}")
+    if isinstance(error, shm.RingClosed):
+        return PeerGone(f"the ring of {peer.name}'s tensor is not mapped here any more")
+    if early and _writer_alive(reader):
+        return GivenUp(f"{peer.name} failed to write a tensor: {error}")
+    if _writer_alive(reader):
+        return ProtocolError(f"a stale handle from {peer.name}: {error}")
+    return PeerGone(f"the writer of {peer.name}'s tensor died: {error}")
+
+
+def _writer_alive(reader: shm.RingReader) -> bool:
+    try:
+        return reader.writer_alive()
+    except shm.RingClosed:  # another thread has just dropped it
+        return False
