@@ -62,6 +62,7 @@ def near_end(folder: Path, way: str, network: str) -> Iterator[tuple[transport.E
         server.settimeout(TIMEOUT)
         floor, _ = server.accept()
         with floor:
+            floor.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             floor.settimeout(TIMEOUT)
             endpoint.wait_for_peers(1, timeout=TIMEOUT)
             yield endpoint, floor
@@ -78,4 +79,5 @@ def far_end(folder: Path, way: str, network: str) -> Iterator[tuple[transport.En
         socket.create_connection(ends.floor, timeout=TIMEOUT) as floor,
         transport.connect(ends.address, name="far", config=ends.config(near=False)) as endpoint,
     ):
+        floor.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield endpoint, floor

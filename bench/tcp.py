@@ -64,19 +64,19 @@ def _schedule(plan: Sequence[tuple[int, int]]) -> list[Turn]:
     return turns
 
 
-def near(folder: Path, *, way: str, network: str, plan: Sequence[tuple[int, int]]) -> Report:
+def near(folder: Path, *, column: str, layout: str, plan: Sequence[tuple[int, int]]) -> Report:
     """The sending end: seconds of every turn, by kind, number and size."""
     times: dict[str, list[float]] = {}
     source: payload.Words = np.empty(max(plan)[0] // 8, np.int64)
     payload.fill(source, 1)
     sent = 0
-    with near_end(folder, way, network) as (endpoint, floor):
+    with near_end(folder, column, layout) as (endpoint, floor):
         for turn in _schedule(plan):
             words = source[: turn.nbytes // 8]
             if turn.kind == "floor":
                 seconds = _by_floor(floor, words, turn.ahead)
             else:
-                seconds = _by_column(endpoint, words, sent, turn, lent=way == "loan")
+                seconds = _by_column(endpoint, words, sent, turn, lent=column == "loan")
                 sent += turn.ahead
             if not turn.checked:
                 times.setdefault(_key(turn.kind, turn.ahead, turn.nbytes), []).append(seconds)
@@ -124,11 +124,11 @@ def _by_column(
     return seconds + time.perf_counter() - start
 
 
-def far(folder: Path, *, way: str, network: str, plan: Sequence[tuple[int, int]]) -> Report:
+def far(folder: Path, *, column: str, layout: str, plan: Sequence[tuple[int, int]]) -> Report:
     """The receiving end: takes, checks and answers every turn."""
     verified = 0
     buffer = memoryview(bytearray(max(plan)[0]))
-    with far_end(folder, way, network) as (endpoint, floor):
+    with far_end(folder, column, layout) as (endpoint, floor):
         for turn in _schedule(plan):
             for _ in range(turn.ahead):
                 if turn.kind == "floor":
@@ -136,7 +136,7 @@ def far(folder: Path, *, way: str, network: str, plan: Sequence[tuple[int, int]]
                 else:
                     _take_column(endpoint, verified, turn.nbytes)
                     verified += 1
-        _check_way(endpoint, way)
+        _check_way(endpoint, column)
         endpoint.close()
     return Report(verified=verified)
 
@@ -195,7 +195,7 @@ def _rows(quick: bool) -> list[Row]:
 
 def _row(function: str, way: str, network: str, name: str, **sizes: Json) -> Row:
     parts = {end: f"{function}{end}" for end in ("near", "far")}
-    arguments: dict[str, Json] = {"way": way, "network": network, **sizes}
+    arguments: dict[str, Json] = {"column": way, "layout": network, **sizes}
     return Row(name=name, parts=parts, arguments=arguments, sample_memory="memory" in function, limit=240.0)
 
 
@@ -221,15 +221,15 @@ def _rate(kind: str, nbytes: int) -> Callable[[Mapping[str, Json]], float]:
 
 def _show(results: Sequence[Result]) -> list[Grid]:
     by_name = {result.row.name: result for result in results}
-    networks = [network for network in NETWORKS if _name(network, "tcp") in by_name]
-    grids = [_throughput(by_name, network, ahead) for network in networks for ahead in (1, AHEAD)]
-    return [*grids, _control(results), _memory(results)]
+    grids = [_throughput(by_name, network, ahead) for network in NETWORKS for ahead in (1, AHEAD)]
+    return [grid for grid in [*grids, _control(results), _memory(results)] if grid.rows]
 
 
 def _throughput(by_name: Mapping[str, Result], network: str, ahead: int) -> Grid:
     rows = []
-    of = [by_name[_name(network, way)] for way in WAYS]
-    for nbytes in SIZES:
+    ways = [way for way in WAYS if _name(network, way) in by_name]
+    of = [by_name[_name(network, way)] for way in ways]
+    for nbytes in SIZES if of else ():
         floor, column = _key("floor", ahead, nbytes), _key("column", ahead, nbytes)
         total, size = nbytes * ahead, f"{nbytes // MIB} MiB"
         rates = [_cell(result, _rate(column, total)) for result in of]
@@ -243,7 +243,7 @@ def _throughput(by_name: Mapping[str, Result], network: str, ahead: int) -> Grid
         )
     what = "one at a time" if ahead == 1 else f"{ahead} at a time"
     note = f"aim: tcp within {AIM}x of the floor from 16 MiB on."
-    columns = ["", "floor", *WAYS]
+    columns = ["", "floor", *ways]
     return Grid(title=f"{network}, {what}: GB/s", columns=columns, rows=rows, notes=[note])
 
 

@@ -18,9 +18,9 @@ PINGS = 400
 _AT_ONCE, _AT_ONCE_TO_THE_SLOW = 128 * MIB, 64 * MIB
 
 
-def control_near(folder: Path, *, way: str, network: str, nbytes: int) -> Report:
+def control_near(folder: Path, *, column: str, layout: str, nbytes: int) -> Report:
     """Round trips of a small message, idle and while `nbytes` bytes are under way; microseconds."""
-    with near_end(folder, way, network) as (endpoint, _):
+    with near_end(folder, column, layout) as (endpoint, _):
         endpoint.send({"data": torch.zeros(MIB, dtype=torch.uint8)})
         idle = [_ping(endpoint, n) for n in range(PINGS)]
         block = torch.zeros(min(_AT_ONCE, nbytes), dtype=torch.uint8)
@@ -49,10 +49,10 @@ def _ping(endpoint: transport.Endpoint, n: int) -> float:
     return (time.perf_counter() - start) * 1e6
 
 
-def control_far(folder: Path, *, way: str, network: str, nbytes: int) -> Report:  # as near
+def control_far(folder: Path, *, column: str, layout: str, nbytes: int) -> Report:  # as near
     """Answers pings, drops tensors."""
     verified = 0
-    with far_end(folder, way, network) as (endpoint, _):
+    with far_end(folder, column, layout) as (endpoint, _):
         while True:
             body = endpoint.receive().body
             if "stop" in body:
@@ -64,9 +64,9 @@ def control_far(folder: Path, *, way: str, network: str, nbytes: int) -> Report:
     return Report(verified=verified)
 
 
-def memory_near(folder: Path, *, way: str, network: str, nbytes: int) -> Report:
+def memory_near(folder: Path, *, column: str, layout: str, nbytes: int) -> Report:
     """Sends `nbytes` bytes as fast as they go."""
-    with near_end(folder, way, network) as (endpoint, _):
+    with near_end(folder, column, layout) as (endpoint, _):
         block = torch.zeros(_AT_ONCE_TO_THE_SLOW, dtype=torch.uint8)
         endpoint.send({"data": block[:MIB]})
         endpoint.receive()
@@ -78,9 +78,9 @@ def memory_near(folder: Path, *, way: str, network: str, nbytes: int) -> Report:
     return Report(values={"idle_from": before, "idle_to": after}, expected=1)
 
 
-def memory_far(folder: Path, *, way: str, network: str, nbytes: int) -> Report:
+def memory_far(folder: Path, *, column: str, layout: str, nbytes: int) -> Report:
     """Takes them one by one, without hurry."""
-    with far_end(folder, way, network) as (endpoint, _):
+    with far_end(folder, column, layout) as (endpoint, _):
         endpoint.receive()
         endpoint.send("ready")
         for _ in range(nbytes // _AT_ONCE_TO_THE_SLOW):
