@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import random
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transport import TransportConfig
 from transport.backends.base import Bytes
-from transport.bulk.frames import CHUNK_BYTES, Damaged, Frame, Kind, checksum, decode, encode
+from transport.bulk.cargo import Cargo
+from transport.bulk.frames import CHUNK_BYTES, Checksum, Damaged, Frame, Kind, checksum, decode, encode
 from transport.bulk.landing import Landing
 from transport.bulk.transfer import Incoming, Outgoing
 from transport.errors import Full, TooLarge
+from transport.sources import Progress, Source
+from transport.specs import TensorSpec
 
 FRAMES = st.builds(
     Frame,
@@ -60,12 +65,13 @@ def test_swapped_words_of_a_chunk_show() -> None:
     assert checksum(data) != right
 
 
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 2 * CHUNK_BYTES + 9), min_size=1, max_size=4), st.randoms())
 def test_a_transfer_arrives_whole_however_often_it_is_interrupted(
     sizes: list[int], draw: random.Random
 ) -> None:
     pieces = [np.full(size, number + 1, np.uint8) for number, size in enumerate(sizes)]
-    outgoing = Outgoing(1, pieces)
+    outgoing = Outgoing(1, Cargo(pieces))
     incoming = Incoming(1, outgoing.sizes(), most=8)
     assert list(incoming.sizes) == sizes
     incoming.arrays = [np.zeros(size, np.uint8) for size in sizes]
@@ -89,7 +95,7 @@ def test_a_transfer_arrives_whole_however_often_it_is_interrupted(
     [(0, 1, 10), (1, 0, 10), (0, 0, 101), (0, 0, 0), (5, 0, 1), (0, 1 << 40, 1)],
 )
 def test_a_chunk_that_does_not_follow_is_refused(index: int, start: int, nbytes: int) -> None:
-    incoming = Incoming(1, Outgoing(1, [np.zeros(100, np.uint8)] * 2).sizes(), most=2)
+    incoming = Incoming(1, Outgoing(1, Cargo([np.zeros(100, np.uint8)] * 2)).sizes(), most=2)
     incoming.arrays = [np.zeros(100, np.uint8)] * 2
     with pytest.raises(Damaged):
         incoming.body_of(Frame(Kind.CHUNK, 1, index, start, nbytes))
@@ -101,10 +107,62 @@ def test_an_announcement_that_is_none(body: bytes) -> None:
         Incoming(1, body, most=2)
 
 
+def test_credit_for_the_middle_of_a_chunk() -> None:
+    with pytest.raises(Damaged):
+        Outgoing(1, Cargo([np.zeros(2 * CHUNK_BYTES, np.uint8)])).go_on_at(0, 4096)
+
+
+@given(st.integers(1, CHUNK_BYTES), st.lists(st.integers(1, CHUNK_BYTES), max_size=8))
+def test_the_checksum_of_what_comes_bit_by_bit_is_the_same(nbytes: int, marks: list[int]) -> None:
+    data = np.random.default_rng(nbytes).integers(0, 256, nbytes, np.uint8)
+    running = Checksum(data)
+    for mark in sorted(marks):
+        running.upto(min(mark, nbytes))
+    assert running.value() == checksum(data)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(1, 2 * CHUNK_BYTES + 9), min_size=1, max_size=2), st.data())
+def test_a_chunk_leaves_only_when_it_is_written(sizes: list[int], data: st.DataObject) -> None:
+    pieces = [np.zeros(size, np.uint8) for size in sizes]
+    woken: list[None] = []
+    cargo = Cargo(pieces, range(len(pieces)), partial(woken.append, None))
+    outgoing, chunks, asked = Outgoing(1, cargo), list[int](), [0]
+    assert not outgoing.ready
+
+    class Slow(Source):
+        """Written a bit at a time; between two bits everything that is ready leaves."""
+
+        def fill(self, destination: Bytes, *, progress: Progress | None = None, **_: Any) -> None:
+            done = 0
+            while done < destination.nbytes:
+                step = data.draw(
+                    st.integers(min(300_000, destination.nbytes - done), destination.nbytes - done)
+                )
+                destination[done : done + step] = 7
+                done += step
+                assert progress is not None
+                progress(done)
+                before = len(chunks)
+                while not outgoing.sent and outgoing.ready:
+                    assert len(woken) > asked[0]
+                    header, body = outgoing.next_chunk()
+                    assert np.all(body == 7)
+                    assert decode(header).checksum == checksum(body)
+                    chunks.append(body.nbytes)
+                if len(chunks) > before:
+                    asked[0] = len(woken)
+
+    for index, piece in enumerate(pieces):
+        cargo.write(index, Slow(TensorSpec("|u1", piece.shape), piece.nbytes, piece), threads=1)
+    assert outgoing.sent
+    assert sum(chunks) == sum(sizes)
+
+
 @pytest.mark.parametrize(("index", "start"), [(2, 0), (0, 100), (1, 1)])
 def test_credit_for_a_place_that_is_none(index: int, start: int) -> None:
     with pytest.raises(Damaged):
-        Outgoing(1, [np.zeros(100, np.uint8)]).go_on_at(index, start)
+        Outgoing(1, Cargo([np.zeros(100, np.uint8)])).go_on_at(index, start)
 
 
 class Room:

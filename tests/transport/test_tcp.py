@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ import transport
 from tests import leaks
 from tests.transport.proxy import Proxy
 from transport import Full, PeerGone, TransportConfig
-from transport.backends.base import Peer
+from transport.backends.base import Bytes, Peer
 from transport.backends.tcp import TcpInbound, TcpOutbound
 from transport.bulk.hub import Hub
 from transport.conformance import (
@@ -36,6 +37,8 @@ from transport.conformance import (
     serving,
     warm_up,
 )
+from transport.sources import Progress, Source
+from transport.specs import TensorSpec
 
 MIB = 1 << 20
 ADDRESS = "tcp://127.0.0.1:0"
@@ -88,11 +91,11 @@ class TestBadNetworks:
         with pair() as (front, near, proxy):
             proxy.cuts = [proxy.forwarded + place for place in (100, 400_000, 700_000, 2_500_000)]
             for seed in range(4):
-                front.send({"n": seed, "value": noise(MIB, seed)}, to="near")
+                front.send({"n": seed, "value": noise(2 * MIB, seed)}, to="near")
             for seed in range(4):
                 body = near.next().body
                 assert body["n"] == seed
-                assert same(body["value"], noise(MIB, seed))
+                assert same(body["value"], noise(2 * MIB, seed))
             assert hub_of(front).statistics()["connections"] == 5
             assert not near.messages
 
@@ -154,6 +157,52 @@ class TestBadNetworks:
                 (far,) = front.peers
                 assert far.backend.startswith("frames; not shm: ")
                 assert "not tcp" in far.backend
+
+
+class InSteps(Source):
+    """Writes one half, waits until it may go on, then writes the other half or fails."""
+
+    def __init__(self, nbytes: int, *, fails: bool) -> None:
+        super().__init__(TensorSpec("|u1", (nbytes,)), nbytes, None)
+        self.go_on = threading.Event()
+        self._fails = fails
+
+    def fill(self, destination: Bytes, *, progress: Progress | None = None, **_: int) -> None:
+        half = self.nbytes // 2
+        destination[:half] = 1
+        assert progress is not None
+        progress(half)
+        assert self.go_on.wait(WAIT)
+        if self._fails:
+            raise RuntimeError("the second half cannot be read")
+        destination[half:] = 2
+        progress(self.nbytes)
+
+
+class TestCutThrough:
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_what_is_written_leaves_while_the_rest_is_copied(self, fails: bool) -> None:
+        with pair(ring_bytes=16 * MIB) as (front, near, proxy), ThreadPoolExecutor(1) as pool:
+            outbound, source = outbound_of(front), InSteps(4 * MIB, fails=fails)
+            (link,) = front._exchange.roster.links()
+            before = proxy.forwarded
+            putting = pool.submit(outbound.put, [source], [link.peer], timeout=WAIT, poll=lambda: None)
+            until(lambda: proxy.forwarded > before + 2 * MIB)
+            assert not putting.done()
+            source.go_on.set()
+            if fails:
+                with pytest.raises(RuntimeError, match="the second half"):
+                    putting.result(WAIT)
+            else:
+                parcel = putting.result(WAIT)
+                until(lambda: outbound.flush(0.0))
+                parcel.release(link.peer)
+                del parcel
+                assert proxy.forwarded > before + 4 * MIB
+            del putting
+            front.send({"value": noise(3 * MIB)}, to="near")
+            assert same(near.next().body["value"], noise(3 * MIB))
+            until(lambda: bool(front.peers) and used(front) == used(near.endpoint) == 0)
 
 
 def used(endpoint: transport.Endpoint) -> int:

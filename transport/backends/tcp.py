@@ -31,6 +31,7 @@ from transport.backends.base import (
 )
 from transport.backends.budget import Budget
 from transport.backends.shm import ShmOutbound
+from transport.bulk.cargo import Cargo
 from transport.bulk.channel import Channel
 from transport.bulk.hub import Hub
 from transport.bulk.landing import Landing
@@ -101,6 +102,11 @@ class TcpParcel(Parcel):
             outgoing.let_go()
             self._hub.tell(partial(channel.forget, outgoing), now=False)
         else:
+            self._hub.tell(partial(channel.cancel, outgoing))
+
+    def cancel(self) -> None:
+        """What was begun is not to be gone on with: its bytes could not be read."""
+        for channel, outgoing in self._transfers.values():
             self._hub.tell(partial(channel.cancel, outgoing))
 
 
@@ -222,13 +228,26 @@ class TcpOutbound(Outbound):
         deadline = time.monotonic() + timeout
         channels = self._channels(readers, timeout, poll)
         left = max(0.0, deadline - time.monotonic())
+        wanted = [source for source in sources if source.nbytes]
         with _told_why(channels), self._share.taken_for(readers, nbytes, timeout=left, poll=poll):
-            wanted = [source for source in sources if source.nbytes]
-            pieces, beside = self._copied(wanted, readers, deadline, poll)
-        transfers = {peer: (channel, self.hub.start(channel, pieces)) for peer, channel in channels.items()}
+            cargo, unwritten, beside = self._loaded(wanted, readers, deadline, poll)
+            # Begun before it is written: what is written is sent while the rest is still being copied.
+            transfers = {
+                peer: (channel, self.hub.start(channel, cargo)) for peer, channel in channels.items()
+            }
+            parcel = TcpParcel(sizes, transfers, self.hub, partial(self._give, nbytes, beside))
+            try:
+                for index in unwritten:
+                    cargo.write(index, wanted[index], self.config.threads)
+            except BaseException:
+                del cargo  # the traceback keeps this frame, which must not keep the room
+                parcel.cancel()
+                for reader in readers:
+                    self._budget.give(reader, beside)
+                raise
         self._tensors += len(sources)
         self._nbytes += nbytes
-        return TcpParcel(sizes, transfers, self.hub, partial(self._give, nbytes, beside))
+        return parcel
 
     def _channels(self, readers: Sequence[Peer], timeout: float, poll: Poll) -> dict[Peer, Channel]:
         """The channels of readers that are connected; the first connection may still be made."""
@@ -242,24 +261,16 @@ class TcpOutbound(Outbound):
             raise Full("; ".join(f"{name}: {why}" for name, why in reasons.items()), failed=reasons)
         return {peer: channel for peer, channel in channels.items() if channel is not None}
 
-    def _copied(
+    def _loaded(
         self, sources: Sequence[Source], readers: Sequence[Peer], deadline: float, poll: Poll
-    ) -> tuple[list[Bytes], int]:
-        """The bytes of the sources in the ring, if need be beside it; how many lie beside."""
-        lent = [self.ring.lent(source) for source in sources]
-        fresh = [source for source, piece in zip(sources, lent, strict=True) if piece is None]
-        arrays, beside = self._room([source.nbytes for source in fresh], readers, deadline, poll)
-        try:
-            for source, array in zip(fresh, arrays, strict=True):
-                source.fill(array, threads=self.config.threads)
-        except BaseException:
-            arrays.clear()  # the traceback keeps this frame, which must not keep the room
-            lent.clear()
-            for reader in readers:
-                self._budget.give(reader, beside)
-            raise
-        filled = iter(arrays)
-        return [next(filled) if piece is None else piece for piece in lent], beside
+    ) -> tuple[Cargo, list[int], int]:
+        """Room for the sources: which are still to be written, and how many bytes lie beside the ring."""
+        pieces = [self.ring.lent(source) for source in sources]
+        unwritten = [index for index, piece in enumerate(pieces) if piece is None]
+        arrays, beside = self._room([sources[index].nbytes for index in unwritten], readers, deadline, poll)
+        room = iter(arrays)
+        whole = [next(room) if piece is None else piece for piece in pieces]
+        return Cargo(whole, unwritten, self.hub.go_on), unwritten, beside
 
     def _room(
         self, sizes: Sequence[int], readers: Sequence[Peer], deadline: float, poll: Poll

@@ -165,7 +165,7 @@ class Channel:
         self._let_go()
         while self._streaming and self._streaming[0].sent:
             self._streaming.popleft()
-        if not self._streaming:
+        if not self._streaming or not self._streaming[0].ready:
             return None
         self._on_its_way = self._streaming[0]
         self._config.emit("bulk.sending", peer=self.peer.name, transfer=self._on_its_way.number)

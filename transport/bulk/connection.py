@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from transport.backends.base import Bytes
-from transport.bulk.frames import HEADER_BYTES, Damaged, Frame, checksum, decode
+from transport.bulk.frames import HEADER_BYTES, Checksum, Damaged, Frame, decode
 
 _TURN_BYTES = 4 << 20  # in one direction, before others have their turn
 # Of `struct tcp_info`: unanswered probes of a closed window, unacknowledged segments, and the milliseconds
@@ -53,6 +53,7 @@ class Connection:
         self._header = bytearray(HEADER_BYTES)
         self._frame: Frame | None = None
         self._body = memoryview(b"")
+        self._checksum: Checksum | None = None  # of the body
         self._filled = 0
 
     @property
@@ -134,6 +135,8 @@ class Connection:
             self.received += number
             left -= number
             self._filled += number
+            if self._checksum is not None:
+                self._checksum.upto(self._filled)
             if self._filled == into.nbytes:
                 try:
                     self._complete()
@@ -145,17 +148,18 @@ class Connection:
         if self._frame is None:
             frame = decode(self._header)
             self._frame, self._filled = frame, 0
-            self._body = self._traffic.body_of(frame) if frame.nbytes else memoryview(b"")
             if frame.nbytes:
+                self._body = self._traffic.body_of(frame)
+                self._checksum = Checksum(np.frombuffer(self._body, np.uint8))
                 return
-        frame, body = self._frame, self._body
-        self._frame, self._body, self._filled = None, memoryview(b""), 0
-        if body.nbytes and checksum(np.frombuffer(body, np.uint8)) != frame.checksum:
+        frame, body, check = self._frame, self._body, self._checksum
+        self._frame, self._body, self._checksum, self._filled = None, memoryview(b""), None, 0
+        if check is not None and check.value() != frame.checksum:
             raise Damaged(f"{body.nbytes} bytes of transfer {frame.transfer} do not fit their checksum")
         self._traffic.arrived(frame, body)
 
     def close(self) -> None:
         """Read and write nothing any more, and hold nothing; the hub closes the socket."""
         self.closed = True
-        self._leaving, self._body = [], memoryview(b"")
+        self._leaving, self._body, self._checksum = [], memoryview(b""), None
         self._frames.clear()

@@ -17,11 +17,12 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from transport.backends.base import Bytes, Peer
+from transport.backends.base import Peer
+from transport.bulk.cargo import Cargo
 from transport.bulk.channel import Channel
 from transport.bulk.connection import Connection, Lost
 from transport.bulk.handshake import TOKEN_BYTES, Handshake, prepare
@@ -178,13 +179,17 @@ class Hub:
         elif now:
             os.eventfd_write(self._event, 1)
 
-    def start(self, channel: Channel, pieces: Sequence[Bytes]) -> Outgoing:
-        """Send these bytes, one piece for each tensor."""
+    def start(self, channel: Channel, cargo: Cargo) -> Outgoing:
+        """Send these bytes, of which some may still have to be written."""
         with self._lock:
-            outgoing = Outgoing(channel.next_number(), pieces)
+            outgoing = Outgoing(channel.next_number(), cargo)
             if not self._closed:
                 self._queue(lambda: channel.start(outgoing))
             return outgoing
+
+    def go_on(self) -> None:
+        """More of what is to be sent was written."""
+        self.tell(_nothing)
 
     def _wake(self) -> None:
         self.wake()

@@ -3,55 +3,64 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 
 from transport.backends.base import Bytes
-from transport.bulk.frames import CHUNK_BYTES, Damaged, Frame, Kind, checksum, encode
+from transport.bulk.cargo import Cargo
+from transport.bulk.frames import CHUNK_BYTES, Damaged, Frame, Kind, encode
 
 
 class Outgoing:
-    """What a peer is sent. pieces: the tensors' bytes, kept as they are until `let_go`.
+    """What a peer is sent.
 
     `landed` may be read in any thread: the peer has all of it, and nothing is read here any more.
     """
 
-    __slots__ = ("_index", "_start", "landed", "number", "pieces")
+    __slots__ = ("_cargo", "_index", "_sizes", "_start", "landed", "number")
 
-    def __init__(self, number: int, pieces: Sequence[Bytes]) -> None:
+    def __init__(self, number: int, cargo: Cargo) -> None:
         self.number = number
-        self.pieces = pieces
         self.landed = False
+        self._cargo: Cargo | None = cargo
+        self._sizes = [piece.nbytes for piece in cargo.pieces]
         self._index = self._start = 0
 
     def sizes(self) -> bytes:
         """The body of its announcement."""
-        return struct.pack(f"<{len(self.pieces)}Q", *(piece.nbytes for piece in self.pieces))
+        return struct.pack(f"<{len(self._sizes)}Q", *self._sizes)
 
     def go_on_at(self, index: int, start: int) -> None:
-        """The peer has everything before this place. `Damaged` when there is no such place."""
-        if index > len(self.pieces) or (
-            start and (index == len(self.pieces) or start >= self.pieces[index].nbytes)
+        """The peer has everything before this place. `Damaged` when no chunk begins there."""
+        if (
+            index > len(self._sizes)
+            or start % CHUNK_BYTES
+            or (start and (index == len(self._sizes) or start >= self._sizes[index]))
         ):
             raise Damaged(f"credit from byte {start} of tensor {index} on")
         self._index, self._start = index, start
 
     def let_go(self) -> None:
         """Keep the bytes no longer."""
-        self.pieces = ()
+        self._cargo = None
 
     @property
     def sent(self) -> bool:
         """Whether the last chunk is out."""
-        return self._index >= len(self.pieces)
+        return self._index >= len(self._sizes)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next chunk is written; there must be one."""
+        return self._cargo is not None and self._cargo.has(self._index, self._start)
 
     def next_chunk(self) -> tuple[bytes, Bytes]:
-        """Header and bytes of the next chunk; there must be one."""
+        """Header and bytes of the next chunk, which must be ready."""
+        assert self._cargo is not None
         index, start = self._index, self._start
-        body = self.pieces[index][start : start + CHUNK_BYTES]
+        body, check = self._cargo.chunk(index, start)
         self._start += body.nbytes
-        if self._start == self.pieces[index].nbytes:
+        if self._start == self._sizes[index]:
             self._index, self._start = index + 1, 0
-        return encode(Frame(Kind.CHUNK, self.number, index, start, body.nbytes, checksum(body))), body
+        return encode(Frame(Kind.CHUNK, self.number, index, start, body.nbytes, check)), body
 
 
 class Incoming:
@@ -89,7 +98,7 @@ class Incoming:
         """Where the bytes of a chunk go. `Damaged` unless it is the one that follows."""
         if self.arrays is None or (chunk.index, chunk.start) != self.place or self.whole:
             raise Damaged(f"bytes at {chunk.start} of tensor {chunk.index} where {self.place} follows")
-        if not 0 < chunk.nbytes <= min(CHUNK_BYTES, self.sizes[self._index] - self._start):
+        if chunk.nbytes != min(CHUNK_BYTES, self.sizes[self._index] - self._start):
             raise Damaged(f"{chunk.nbytes} bytes at {chunk.start} of {self.sizes[self._index]}")
         return self.arrays[chunk.index].data[chunk.start : chunk.start + chunk.nbytes]
 
