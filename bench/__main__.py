@@ -24,6 +24,7 @@ from bench import (
     report,
     ring,
     scale,
+    sockets,
     table,
     tcp,
     tensor_parallel,
@@ -41,6 +42,7 @@ BENCHMARKS = {
     "latency": latency.BENCHMARK,
     "scale": scale.BENCHMARK,
     "tcp": tcp.BENCHMARK,
+    "sockets": sockets.BENCHMARK,
 }
 
 _OLD = click.Path(exists=True, dir_okay=False, path_type=Path)

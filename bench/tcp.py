@@ -127,7 +127,7 @@ def _by_column(
 def far(folder: Path, *, column: str, layout: str, plan: Sequence[tuple[int, int]]) -> Report:
     """The receiving end: takes, checks and answers every turn."""
     verified = 0
-    buffer = memoryview(bytearray(max(plan)[0]))
+    buffer = payload.pages(max(plan)[0]).data.cast("B")
     with far_end(folder, column, layout) as (endpoint, floor):
         for turn in _schedule(plan):
             for _ in range(turn.ahead):

@@ -31,9 +31,10 @@ SMALL: Mapping[str, Mapping[str, Json]] = {
     "scale": {"messages": 3},
     "gpu": {"sizes": [MIB], "times": 3, "messages": 3, "prompts": 1},
     "tcp": {"plan": [[MIB, 1]], "nbytes": 128 * MIB},
+    "sockets": {"plan": [[MIB, 1]]},
 }
 # A row takes processes of its own, and with all of them the suite takes minutes more.
-APART = ("idle", "latency", "memory", "scale", "table", "tcp", "tensor-parallel")
+APART = ("idle", "latency", "memory", "scale", "sockets", "table", "tcp", "tensor-parallel")
 RUN = [
     pytest.param(
         name, marks=pytest.mark.gpu if name == "gpu" else pytest.mark.stress if name in APART else ()
@@ -53,7 +54,7 @@ def small(name: str) -> list[Row]:
     for row in BENCHMARKS[name].rows(True):
         column = str(row.arguments.get("column", row.parts.get("near")))
         if column in TRIED.get(name, {column}):
-            rows.setdefault(column, row)
+            rows.setdefault((column, row.parts.get("near")), row)
     return [
         dataclasses.replace(row, arguments={**row.arguments, **smaller(name, row)}) for row in rows.values()
     ]

@@ -39,6 +39,7 @@ _STRANGERS = 32  # accepted connections that have not shown their secret
 _DIAL_MAY_TAKE = 5.0
 _FIRST_REDIAL, _LONGEST_REDIAL = 0.05, 1.0
 _END_MAY_TAKE = 10.0
+_LOOK_EVERY = 1e-3  # seconds between two looks at the clock while something goes on
 _IN = select.EPOLLIN
 _OUT = select.EPOLLOUT
 
@@ -239,6 +240,7 @@ class Hub:
         epoll = self._epoll
         assert epoll is not None
         wait: float | None = 0.0
+        looked = 0.0
         while not self._closed:
             for descriptor, events in epoll.poll(wait, _EVENTS):
                 self._serve(descriptor, events)
@@ -247,7 +249,11 @@ class Hub:
                 self._serve(descriptor, _IN)
             self._obey()
             more = self._send_all() or bool(self._eager)
-            left = self._look_at_the_clock()
+            now = time.monotonic()
+            if now - looked >= _LOOK_EVERY:  # not after each piece of what comes
+                looked, left = now, self._look_at_the_clock(now)
+            else:
+                left = _LOOK_EVERY
             wait = 0.0 if more else left
 
     def _obey(self) -> None:
@@ -407,9 +413,8 @@ class Hub:
 
     # ------------------------------------------------------------------ time
 
-    def _look_at_the_clock(self) -> float | None:
+    def _look_at_the_clock(self, now: float) -> float | None:
         """Do what is due; seconds until the next thing is, None: nothing is."""
-        now = time.monotonic()
         waits = []
         for handshake in list(self._handshakes.values()):
             if now >= handshake.deadline:
