@@ -423,7 +423,7 @@ class TestProcesses:
             child = os.fork()
             if not child:
                 kept = [c.socket.fileno() for _, c in hub._connected.values()]
-                os._exit(0 if hub._epoll is None and set(kept) == {-1} else 1)
+                os._exit(0 if not hub._poller.opened and set(kept) == {-1} else 1)
             assert os.waitpid(child, 0)[1] == 0
 
     def test_a_peer_that_comes_back_under_its_name_is_sent_to(self) -> None:

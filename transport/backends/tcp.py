@@ -7,9 +7,7 @@ own ring. Both sides are here; how the bytes travel is in `transport.bulk`.
 
 from __future__ import annotations
 
-import struct
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -35,6 +33,7 @@ from transport.bulk.cargo import Cargo
 from transport.bulk.channel import Channel
 from transport.bulk.hub import Hub
 from transport.bulk.landing import Landing
+from transport.bulk.terms import Terms, decode_handle, decode_terms, encode_handle, encode_terms
 from transport.bulk.transfer import Outgoing
 from transport.config import TransportConfig
 from transport.errors import Full, PeerGone, ProtocolError, Timeout, TooLarge, detached
@@ -45,30 +44,7 @@ _OPEN_MAY_TAKE = 1.0
 _NAP = 1e-3
 
 
-class _Handle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One tensor of a transfer; `check` tells a handle that was changed on its way."""
-
-    transfer: int
-    index: int
-    check: int
-
-
-class _Terms(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """An offer or the answer to one: what its sender takes at once, and how it is known.
-
-    port: where to dial; 0: who gets it listens. token: the secret to show there. certificate: with TLS.
-    """
-
-    limit: int
-    port: int
-    token: bytes
-    certificate: bytes
-
-
-_handles = msgspec.msgpack.Decoder(_Handle)
-_terms = msgspec.msgpack.Decoder(_Terms)
-_encode = msgspec.msgpack.Encoder().encode
-_NO_BYTES = ("inline", _encode(b""))
+_NO_BYTES = ("inline", msgspec.msgpack.encode(b""))
 _LOOPBACK = "127.0.0.1"
 
 
@@ -91,7 +67,7 @@ class TcpParcel(Parcel):
         _, outgoing = self._transfers[reader]
         handles, index = [], 0
         for size in self._sizes:
-            handles.append((TcpOutbound.name, _handle(outgoing.number, index)) if size else _NO_BYTES)
+            handles.append((TcpOutbound.name, encode_handle(outgoing.number, index)) if size else _NO_BYTES)
             index += size > 0
         return Load(handles)
 
@@ -146,7 +122,7 @@ class TcpOutbound(Outbound):
             raise Full(missing, failed={peer.name: missing})
         self._asked.add(peer)
         try:
-            return _encode(self.terms(peer, expecting=not peer.dialled))
+            return encode_terms(self.terms(peer, expecting=not peer.dialled))
         except OSError as error:
             reason = self._refused[peer] = f"cannot listen for it: {error.strerror}"
             raise Full(reason, failed={peer.name: reason}) from error
@@ -163,21 +139,18 @@ class TcpOutbound(Outbound):
             self._refused[peer] = reason
         return reason
 
-    def terms(self, peer: Peer, *, expecting: bool) -> _Terms:
+    def terms(self, peer: Peer, *, expecting: bool) -> Terms:
         """What a peer is told; `expecting`: it shall dial. `OSError` when nothing can listen."""
         limit = self.hub.landing.limit if self.ring.can_be() else max(1, self.config.detour_bytes // 2)
         certificate = self.hub.certificate(peer)  # before anybody can connect
         port, token = self.hub.expect(peer, _host(peer)) if expecting else (0, b"")
-        return _Terms(limit, port, token, certificate)
+        return Terms(limit, port, token, certificate)
 
     def agree(self, peer: Peer, data: bytes, *, dial: bool) -> str:
         """Take a peer's terms; "" or why not. Only the host that the control link runs to is dialled."""
-        try:
-            terms = _terms.decode(data)
-        except msgspec.DecodeError:
+        terms = decode_terms(data)
+        if terms is None or dial != bool(terms.port):
             return "the terms of the bulk connection are none"
-        if not 0 < terms.limit < 1 << 63 or not 0 <= terms.port < 1 << 16 or dial != bool(terms.port):
-            return "the terms of the bulk connection are wrong"
         channel = self.hub.channel(peer)
         if dial:
             channel = self.hub.dial(peer, _host(peer), terms.port, terms.token)
@@ -341,10 +314,10 @@ class TcpInbound(Inbound):
 
     def accept(self, peer: Peer, offer: bytes, own_name: str) -> Proof | Refusal:
         site = self._site()
-        try:
-            dial = bool(_terms.decode(offer).port)
-        except msgspec.DecodeError:
+        offered = decode_terms(offer)
+        if offered is None:
             return Refusal("the offer is not one")
+        dial = bool(offered.port)
         if site.hub.lacks(peer):
             return Refusal(site.hub.lacks(peer))
         if dial and not peer.dialled and peer.address.startswith("tcp://"):
@@ -354,7 +327,7 @@ class TcpInbound(Inbound):
         except OSError as error:
             return Refusal(f"cannot listen for the bulk connection: {error.strerror}")
         reason = site.agree(peer, offer, dial=dial)
-        return Refusal(reason) if reason else Proof(_encode(terms))
+        return Refusal(reason) if reason else Proof(encode_terms(terms))
 
     def settle(self, peer: Peer, reason: str) -> None:
         channel = self._site().hub.channel(peer)
@@ -362,7 +335,7 @@ class TcpInbound(Inbound):
             self._site().hub.drop(peer)
 
     def open(self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]) -> Bytes:
-        where = _decode(handle)
+        where = decode_handle(handle)
         channel = self._site().hub.channel(peer)
         if channel is None:
             raise PeerGone(f"there is no bulk connection with {peer.name} (any more)")
@@ -384,7 +357,7 @@ class TcpInbound(Inbound):
     def is_ready(self, peer: Peer, handle: bytes) -> bool:
         channel = self._site().hub.channel(peer)
         try:
-            return channel is None or channel.is_ready(_decode(handle).transfer)
+            return channel is None or channel.is_ready(decode_handle(handle).transfer)
         except ProtocolError:
             return True  # `open` will say so
 
@@ -392,7 +365,7 @@ class TcpInbound(Inbound):
         hub = self._site().hub
         channel = hub.channel(peer)
         try:
-            arrays = None if channel is None else channel.landed.pop(_decode(handle).transfer, None)
+            arrays = None if channel is None else channel.landed.pop(decode_handle(handle).transfer, None)
         except ProtocolError:
             return
         if channel is not None and arrays is not None:
@@ -429,26 +402,6 @@ def _told_why(channels: dict[Peer, Channel]) -> Iterator[None]:
             raise
         text = "; ".join([str(error), *held])
         raise Full(text, failed=error.failed) from error.__cause__
-
-
-def _handle(transfer: int, index: int) -> bytes:
-    return _encode(_Handle(transfer, index, _check(transfer, index)))
-
-
-def _decode(handle: bytes) -> _Handle:
-    try:
-        where = _handles.decode(handle)
-    except msgspec.DecodeError as error:
-        raise ProtocolError(f"a bulk handle is not one: {error}") from error
-    if not (0 < where.transfer < 1 << 63 and 0 <= where.index < 1 << 31):
-        raise ProtocolError(f"tensor {where.index} of transfer {where.transfer}")
-    if where.check != _check(where.transfer, where.index):
-        raise ProtocolError("a bulk handle does not fit its checksum")
-    return where
-
-
-def _check(transfer: int, index: int) -> int:
-    return zlib.crc32(struct.pack("<QI", transfer, index))
 
 
 def _host(peer: Peer) -> str:

@@ -6,11 +6,9 @@ sockets and channels, so that nothing here needs a lock but the queue of command
 
 from __future__ import annotations
 
-import hmac
 import logging
 import os
 import secrets
-import select
 import socket as sockets
 import ssl
 import threading
@@ -18,15 +16,16 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 
 from transport.backends.base import Peer
 from transport.bulk.cargo import Cargo
 from transport.bulk.channel import Channel
 from transport.bulk.connection import Connection, Lost
-from transport.bulk.handshake import TOKEN_BYTES, Handshake, prepare
+from transport.bulk.handshake import TOKEN_BYTES
 from transport.bulk.landing import Landing
+from transport.bulk.meeting import Meeting, Way
+from transport.bulk.poller import IN, OUT, Poller
 from transport.bulk.tls import Identity, available
 from transport.bulk.transfer import Outgoing
 from transport.config import TransportConfig
@@ -34,30 +33,8 @@ from transport.config import TransportConfig
 _log = logging.getLogger("tensorferry.transport")
 
 Command = Callable[[], object]
-_EVENTS = 64
-_STRANGERS = 32  # accepted connections that have not shown their secret
-_DIAL_MAY_TAKE = 5.0
-_FIRST_REDIAL, _LONGEST_REDIAL = 0.05, 1.0
 _END_MAY_TAKE = 10.0
 _LOOK_EVERY = 1e-3  # seconds between two looks at the clock while something goes on
-_IN = select.EPOLLIN
-_OUT = select.EPOLLOUT
-
-
-@dataclass
-class _Way:
-    """Where a channel is dialled, and when again; port 0: the other side dials."""
-
-    channel: Channel
-    token: bytes
-    until: float  # there must have been a connection by then
-    secure: bool = False
-    certificate: bytes = b""  # the other side's, pinned
-    host: str = ""
-    port: int = 0
-    redial_at: float = 0.0
-    nap: float = _FIRST_REDIAL
-    trouble: str = ""
 
 
 class Hub:
@@ -70,16 +47,12 @@ class Hub:
         self._lock = threading.Lock()
         self._commands: deque[Command] = deque()
         self._thread: threading.Thread | None = None
-        self._epoll: select.epoll | None = None
-        self._event = -1
         self._closed = False
-        self._ways: dict[int, _Way] = {}  # by link
-        self._identity: Identity | None = None
+        self._ways: dict[int, Way] = {}  # by link
         self._listeners: dict[tuple[str, bool], sockets.socket] = {}  # by host, and whether with TLS
-        self._accepting: dict[int, tuple[sockets.socket, bool]] = {}  # by descriptor, as those below
-        self._handshakes: dict[int, Handshake] = {}
-        self._connected: dict[int, tuple[Channel, Connection]] = {}
-        self._interest: dict[int, int] = {}
+        self._poller = Poller()
+        self._meeting = Meeting(config, self._poller, self._ways, self._connect)
+        self._connected: dict[int, tuple[Channel, Connection]] = {}  # by descriptor
         self._eager: set[int] = set()  # whose turn ended before there was nothing more to read
         _hubs.add(self)
 
@@ -103,7 +76,7 @@ class Hub:
                 listener = sockets.create_server((host, self._config.tcp_port), family=family, backlog=128)
                 listener.setblocking(False)
                 self._listeners[host, way.secure] = listener
-                self._queue(lambda: self._accept_at(listener, way.secure))
+                self._queue(partial(self._meeting.accept_at, listener, way.secure))
             return int(listener.getsockname()[1]), way.token
 
     def dial(self, peer: Peer, host: str, port: int, token: bytes) -> Channel:
@@ -120,8 +93,7 @@ class Hub:
         with self._lock:
             if not self._is_secure(peer):
                 return b""
-            self._identity = self._identity or Identity()
-            return self._identity.certificate
+            return self._own().certificate
 
     def pin(self, peer: Peer, certificate: bytes) -> str:
         """What the peer will show; "" or what is wrong with it."""
@@ -130,14 +102,18 @@ class Hub:
                 return "only one side has keys"
             way = self._ways.get(peer.link)
             if way is not None and certificate:
-                self._identity = self._identity or Identity()
                 try:
-                    self._identity.trust(certificate)
+                    self._own().trust(certificate)
                 except (ssl.SSLError, ValueError):
                     return "the certificate is none"
                 way.certificate = certificate
                 self._queue(_nothing)  # who dials was waiting for it
             return ""
+
+    def _own(self) -> Identity:
+        """This side's identity, made when it is needed."""
+        self._meeting.identity = self._meeting.identity or Identity()
+        return self._meeting.identity
 
     def lacks(self, peer: Peer) -> str:
         """Why there can be no bulk connection with a peer, "" in general."""
@@ -146,12 +122,12 @@ class Hub:
     def _is_secure(self, peer: Peer) -> bool:
         return bool(self._config.curve_key) and peer.address.startswith("tcp://")
 
-    def _way(self, peer: Peer, token: bytes) -> _Way:
+    def _way(self, peer: Peer, token: bytes) -> Way:
         way = self._ways.get(peer.link)
         if way is None:
             channel = Channel(peer, self._config, self.landing, self._wake)
             until = time.monotonic() + self._config.handshake_timeout
-            way = _Way(channel, token, until, secure=self._is_secure(peer))
+            way = Way(channel, token, until, secure=self._is_secure(peer))
             self._ways[peer.link] = way
         return way
 
@@ -172,13 +148,11 @@ class Hub:
     def _queue(self, command: Command, *, now: bool = True) -> None:
         self._commands.append(command)
         if self._thread is None:
-            self._epoll = select.epoll()
-            self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._epoll.register(self._event, _IN)
+            self._poller.open()
             self._thread = threading.Thread(target=self._run, name="tensorferry-bulk", daemon=True)
             self._thread.start()
         elif now:
-            os.eventfd_write(self._event, 1)
+            self._poller.wake()
 
     def start(self, channel: Channel, cargo: Cargo) -> Outgoing:
         """Send these bytes, of which some may still have to be written."""
@@ -212,7 +186,7 @@ class Hub:
             self._closed = True
             thread = self._thread
             if thread is not None:
-                os.eventfd_write(self._event, 1)
+                self._poller.wake()
         if thread is not None and thread is not threading.current_thread():
             thread.join(_END_MAY_TAKE)
         self._release()
@@ -237,16 +211,14 @@ class Hub:
                 way.channel.fail(f"{type(error).__name__} in the thread of the bulk connections")
 
     def _loop(self) -> None:
-        epoll = self._epoll
-        assert epoll is not None
         wait: float | None = 0.0
         looked = 0.0
         while not self._closed:
-            for descriptor, events in epoll.poll(wait, _EVENTS):
+            for descriptor, events in self._poller.ready(wait):
                 self._serve(descriptor, events)
             for descriptor in [*self._eager]:
                 self._eager.discard(descriptor)
-                self._serve(descriptor, _IN)
+                self._serve(descriptor, IN)
             self._obey()
             more = self._send_all() or bool(self._eager)
             now = time.monotonic()
@@ -261,18 +233,14 @@ class Hub:
             self._commands.popleft()()
 
     def _serve(self, descriptor: int, events: int) -> None:
-        if descriptor == self._event:
-            os.eventfd_read(descriptor)
-        elif descriptor in self._accepting:
-            self._accept(*self._accepting[descriptor])
-        elif descriptor in self._handshakes:
-            self._shake(descriptor)
-        elif descriptor in self._connected:
+        if descriptor in self._connected:
             channel, connection = self._connected[descriptor]
-            if events & ~_OUT and self._guarded(channel, connection, connection.receive):
+            if events & ~OUT and self._guarded(channel, connection, connection.receive):
                 self._eager.add(descriptor)  # TLS may hold what epoll does not see
-            if events & _OUT:
-                self._want(descriptor, _IN)
+            if events & OUT:
+                self._poller.want(descriptor, IN)
+        else:
+            self._meeting.serve(descriptor)
 
     def _guarded(self, channel: Channel, connection: Connection, step: Callable[[], bool]) -> bool:
         """One step of a connection, which may be its last; whether there is more to do at once."""
@@ -291,8 +259,7 @@ class Hub:
         self._hang_up(connection.socket)
         way = self._ways.get(channel.peer.link)
         if way is not None:
-            way.trouble = reason
-            way.redial_at, way.nap = time.monotonic() + _FIRST_REDIAL, _FIRST_REDIAL
+            way.dial_soon(reason)
 
     def _send_all(self) -> bool:
         more = False
@@ -300,146 +267,37 @@ class Hub:
             if connection.closed:
                 self._hang_up(connection.socket)
                 continue
-            if self._interest[descriptor] & _OUT:
+            if self._poller.wants(descriptor) & OUT:
                 continue
             more |= self._guarded(channel, connection, connection.send)
             if connection.sending and descriptor in self._connected and not more:
-                self._want(descriptor, _IN | _OUT)
+                self._poller.want(descriptor, IN | OUT)
         return more
 
-    # ------------------------------------------------------------------ connections
-
-    def _watch(self, socket: sockets.socket, events: int) -> int:
-        assert self._epoll is not None
-        descriptor = socket.fileno()
-        self._epoll.register(descriptor, events)
-        self._interest[descriptor] = events
-        return descriptor
-
-    def _want(self, descriptor: int, events: int) -> None:
-        assert self._epoll is not None
-        if self._interest.get(descriptor, events) != events:
-            self._interest[descriptor] = events
-            self._epoll.modify(descriptor, events)
-
-    def _hang_up(self, socket: sockets.socket) -> None:
-        assert self._epoll is not None
-        descriptor = socket.fileno()
-        for known in (self._interest, self._handshakes, self._connected):
-            known.pop(descriptor, None)
-        with suppress(OSError, ValueError):
-            self._epoll.unregister(descriptor)
-        socket.close()
-
-    def _accept_at(self, listener: sockets.socket, secure: bool) -> None:
-        self._accepting[self._watch(listener, _IN)] = listener, secure
-
-    def _accept(self, listener: sockets.socket, secure: bool) -> None:
-        try:
-            socket, _ = listener.accept()
-        except OSError:
-            return
-        if len(self._handshakes) >= _STRANGERS or (secure and self._identity is None):
-            socket.close()
-            return
-        prepare(socket, self._config.tcp_timeout)
-        deadline = time.monotonic() + self._config.handshake_timeout
-        tls = self._identity.server if secure and self._identity is not None else None
-        handshake = Handshake(socket, deadline, find=self._token_of, tls=tls)
-        self._handshakes[self._watch(socket, _IN)] = handshake
-
-    def _token_of(self, link: int) -> bytes | None:
-        way = self._ways.get(link)
-        return None if way is None or way.port or way.channel.over or way.channel.ended else way.token
-
-    def _dial(self, way: _Way, now: float) -> None:
-        way.redial_at = now + _DIAL_MAY_TAKE + 1.0  # unless this one ends before
-        try:
-            family, kind, protocol, _, address = sockets.getaddrinfo(
-                way.host, way.port, type=sockets.SOCK_STREAM
-            )[0]
-            socket = sockets.socket(family, kind, protocol)
-        except OSError as error:
-            self._failed(way, error.strerror or str(error))
-            return
-        prepare(socket, self._config.tcp_timeout)
-        try:
-            socket.connect(address)
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            socket.close()
-            self._failed(way, error.strerror or str(error))
-            return
-        tls = self._identity.client(way.certificate) if way.secure and self._identity is not None else None
-        link = way.channel.peer.link
-        handshake = Handshake(socket, now + _DIAL_MAY_TAKE, link=link, token=way.token, tls=tls)
-        self._handshakes[self._watch(socket, _OUT)] = handshake
-
-    def _failed(self, way: _Way, reason: str) -> None:
-        way.trouble = reason
-        way.redial_at = time.monotonic() + way.nap
-        way.nap = min(2 * way.nap, _LONGEST_REDIAL)
-
-    def _shake(self, descriptor: int) -> None:
-        handshake = self._handshakes[descriptor]
-        try:
-            handshake.step()
-        except Lost as error:
-            self._give_up(handshake, str(error))
-            return
-        if not handshake.done:
-            self._want(descriptor, _OUT if handshake.writing else _IN)
-            return
-        way = self._ways.get(handshake.link)
-        if way is None or way.channel.over or way.channel.ended:
-            self._give_up(handshake, "the link has ended")
-            return
-        if way.secure and not hmac.compare_digest(handshake.certificate, way.certificate):
-            self._give_up(handshake, "the certificate is not the one of the control link")
-            return
-        del self._handshakes[descriptor]
-        self._want(descriptor, _IN)
-        connection = Connection(handshake.socket, way.channel)
-        self._connected[descriptor] = way.channel, connection
-        way.redial_at, way.nap = 0.0, _FIRST_REDIAL
+    def _connect(self, way: Way, socket: sockets.socket) -> None:
+        """A connection was made and is who it must be."""
+        connection = Connection(socket, way.channel)
+        self._connected[socket.fileno()] = way.channel, connection
         way.channel.attach(connection)
 
-    def _give_up(self, handshake: Handshake, reason: str) -> None:
-        self._hang_up(handshake.socket)
-        way = self._ways.get(handshake.link)
-        if way is not None and way.port:
-            self._failed(way, reason)
+    def _hang_up(self, socket: sockets.socket) -> None:
+        self._connected.pop(socket.fileno(), None)
+        self._poller.hang_up(socket)
 
     # ------------------------------------------------------------------ time
 
     def _look_at_the_clock(self, now: float) -> float | None:
         """Do what is due; seconds until the next thing is, None: nothing is."""
-        waits = []
-        for handshake in list(self._handshakes.values()):
-            if now >= handshake.deadline:
-                self._give_up(handshake, "no answer in time")
-            else:
-                waits.append(handshake.deadline - now)
+        waits = self._meeting.overdue(now)
         for way in list(self._ways.values()):
             waits += self._tend(way, now)
         return min(waits, default=None)
 
-    def _tend(self, way: _Way, now: float) -> list[float]:
+    def _tend(self, way: Way, now: float) -> list[float]:
         channel = way.channel
         if channel.over:
             return []
-        waits = []
-        if channel.connection is None and not channel.ended:
-            if not channel.opened and now >= way.until:
-                what = f"no connection to {way.host}:{way.port}" if way.port else "the peer did not connect"
-                channel.fail(f"{what} in {self._config.handshake_timeout:g} s: {way.trouble or 'no answer'}")
-                return []
-            if way.port and now >= way.redial_at and (way.certificate or not way.secure):
-                self._dial(way, now)
-            waits.append(max(0.0, way.until - now) if not channel.opened else 1.0)
-            if way.port:
-                waits.append(max(0.0, way.redial_at - now))
+        waits = self._meeting.tend(way, now)
         try:
             wait = channel.tick(now)
         except Lost as error:
@@ -459,14 +317,10 @@ class Hub:
     def _close_descriptors(self) -> None:
         for _, connection in self._connected.values():
             connection.socket.close()
-        for handshake in self._handshakes.values():
-            handshake.socket.close()
+        self._meeting.close()
         for listener in self._listeners.values():
             listener.close()
-        if self._epoll is not None:
-            self._epoll.close()
-            os.close(self._event)
-            self._epoll = None
+        self._poller.close()
 
 
 def _nothing() -> None:
