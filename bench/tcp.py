@@ -39,7 +39,8 @@ ring and lands it in far's; with "loan" it lies in near's ring already; frames a
 {WINDOW // MIB} MiB. {WARM} untimed messages of each size go first, whose every byte is checked. veth: each
 end in a network namespace with its own /dev/shm. "control": round trips of a message without a tensor, idle
 and while another thread sends 1 GiB. "memory": what both sides take, beyond idle, while 2 GiB are sent as
-fast as they go to a far end that takes them one by one. Figures: median [lowest..highest round];
+fast as they go to a far end that takes them one by one. CPU is that of all threads of a process, user and
+system. Figures: median [lowest..highest round];
 ratios are taken within the pair."""
 
 
@@ -72,7 +73,7 @@ def near(folder: Path, *, column: str, layout: str, plan: Sequence[tuple[int, in
     sent = 0
     with near_end(folder, column, layout) as (endpoint, floor):
         for turn in _schedule(plan):
-            words = source[: turn.nbytes // 8]
+            words, used = source[: turn.nbytes // 8], time.process_time()
             if turn.kind == "floor":
                 seconds = _by_floor(floor, words, turn.ahead)
             else:
@@ -80,7 +81,12 @@ def near(folder: Path, *, column: str, layout: str, plan: Sequence[tuple[int, in
                 sent += turn.ahead
             if not turn.checked:
                 times.setdefault(_key(turn.kind, turn.ahead, turn.nbytes), []).append(seconds)
+                times.setdefault(_cpu("near", turn), []).append(time.process_time() - used)
     return Report(values=dict(times), expected=sent)
+
+
+def _cpu(end: str, turn: Turn) -> str:
+    return f"cpu of {end} {_key(turn.kind, turn.ahead, turn.nbytes)}"
 
 
 def _key(kind: str, ahead: int, nbytes: int) -> str:
@@ -126,19 +132,22 @@ def _by_column(
 
 def far(folder: Path, *, column: str, layout: str, plan: Sequence[tuple[int, int]]) -> Report:
     """The receiving end: takes, checks and answers every turn."""
-    verified = 0
+    verified, spent = 0, dict[str, list[float]]()
     buffer = payload.pages(max(plan)[0]).data.cast("B")
     with far_end(folder, column, layout) as (endpoint, floor):
         for turn in _schedule(plan):
+            used = time.process_time()
             for _ in range(turn.ahead):
                 if turn.kind == "floor":
                     _take_floor(floor, buffer[: turn.nbytes])
                 else:
                     _take_column(endpoint, verified, turn.nbytes)
                     verified += 1
+            if not turn.checked:
+                spent.setdefault(_cpu("far", turn), []).append(time.process_time() - used)
         _check_way(endpoint, column)
         endpoint.close()
-    return Report(verified=verified)
+    return Report(values=dict(spent), verified=verified)
 
 
 def _take_floor(floor: socket.socket, buffer: memoryview) -> None:
@@ -222,6 +231,7 @@ def _rate(kind: str, nbytes: int) -> Callable[[Mapping[str, Json]], float]:
 def _show(results: Sequence[Result]) -> list[Grid]:
     by_name = {result.row.name: result for result in results}
     grids = [_throughput(by_name, network, ahead) for network in NETWORKS for ahead in (1, AHEAD)]
+    grids += [_processor(by_name, network) for network in NETWORKS]
     return [grid for grid in [*grids, _control(results), _memory(results)] if grid.rows]
 
 
@@ -245,6 +255,27 @@ def _throughput(by_name: Mapping[str, Result], network: str, ahead: int) -> Grid
     note = f"aim: tcp within {AIM}x of the floor from 16 MiB on."
     columns = ["", "floor", *ways]
     return Grid(title=f"{network}, {what}: GB/s", columns=columns, rows=rows, notes=[note])
+
+
+def _processor(by_name: Mapping[str, Result], network: str) -> Grid:
+    """What does not depend on who else uses the machine."""
+    ways = [way for way in WAYS if _name(network, way) in by_name]
+    of = [by_name[_name(network, way)] for way in ways]
+    rows = []
+    for nbytes in SIZES if of else ():
+        turns = [Turn(nbytes, kind, 1) for kind in ("floor", "column")]
+        floor, column = (_seconds(turn) for turn in turns)
+        cells = [_cell(of[0], floor), *(_cell(result, column) for result in of)]
+        rows.append([f"{nbytes // MIB} MiB", *cells])
+    title = f"{network}, one at a time: CPU seconds of both ends for 1 GB"
+    return Grid(title=title, columns=["", "floor", *ways], rows=rows)
+
+
+def _seconds(turn: Turn) -> Callable[[Mapping[str, Json]], float]:
+    """Of both ends for 10^9 bytes."""
+    return lambda values: sum(
+        statistics.mean(numbers(values[_cpu(end, turn)])) * 1e9 / turn.nbytes for end in ("near", "far")
+    )
 
 
 def _control(results: Sequence[Result]) -> Grid:
