@@ -24,6 +24,7 @@ from tests.transport.proxy import Proxy
 from transport import Full, PeerGone, TransportConfig
 from transport.backends.base import Bytes, Peer
 from transport.backends.tcp import TcpInbound, TcpOutbound
+from transport.bulk.handshake import MAGIC
 from transport.bulk.hub import Hub
 from transport.conformance import (
     WAIT,
@@ -379,7 +380,7 @@ class TestStrangers:
         with pair(handshake_timeout=1.0) as (front, near, _):
             port = hub_of(front)._config.tcp_port
             link = next(iter(hub_of(front)._ways))
-            hello = b"tfbulk01" + link.to_bytes(8, "little")
+            hello = MAGIC + link.to_bytes(8, "little")
             for greeting in (
                 b"x" * 32,
                 hello + secrets.token_bytes(16),

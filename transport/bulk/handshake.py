@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from transport.bulk.connection import Lost
 
-MAGIC = b"tfbulk01"
+MAGIC = b"tfbulk02"
 HALF = 16
 TOKEN_BYTES = 2 * HALF
 _HELLO = struct.Struct(f"<8sQ{HALF}s")
