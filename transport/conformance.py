@@ -624,6 +624,7 @@ class BackendConformance:
         near.endpoint.close()
         self.check_last(front)
         assert same(view, noise(300_000))
+        left(front)
         with pytest.raises(PeerGone, match="goodbye"):
             front.send({}, to="near")
 
@@ -792,6 +793,14 @@ def acknowledged(front: Endpoint, timeout: float = 10.0) -> None:
     deadline = time.monotonic() + timeout
     while any(peer.unacknowledged for peer in front.peers):
         assert time.monotonic() < deadline, f"never acknowledged: {front.peers}"
+        select.select([front], [], [], 0.01)
+
+
+def left(front: Endpoint, timeout: float = 10.0) -> None:
+    """Until it is known here that every peer has left."""
+    deadline = time.monotonic() + timeout
+    while front.peers:
+        assert time.monotonic() < deadline, f"still there: {front.peers}"
         select.select([front], [], [], 0.01)
 
 

@@ -25,6 +25,7 @@ from transport.tensors import Tensor, spec_for, view
 
 _DIAL_NAP = 0.05
 _MOMENT = 2e-3
+_SLICE = 5e-3  # of the wait for a message that is being written; then others have their turn
 
 
 @dataclass(frozen=True)
@@ -254,8 +255,13 @@ class Endpoint:
         deadline = self._deadline(timeout)
         left = deadline - time.monotonic()
         while True:
-            patience = min(max(0.0, left), LOOK_AT_LOCKS_EVERY)
-            message = self._try_receive(type, copy=copy, stage=stage, patience=patience)
+            patience = min(max(0.0, left), _SLICE)
+            try:
+                message = self._try_receive(type, copy=copy, stage=stage, patience=patience)
+            except Timeout:  # of a peer that stopped in mid-step: what it sent is still there
+                if time.monotonic() >= deadline:
+                    raise
+                continue
             if message is not None:
                 return message
             self._check_anybody_there()

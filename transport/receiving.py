@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Receiver:
         self.queue: deque[Waiting] = deque()
         self._assemblies: dict[int, Assembly | None] = {}
         self._receiving = threading.Lock()
-        self._opened: Opened | None = None  # the message whose bytes are being waited for
+        self._written: dict[Link, Opened] = {}  # the message of a link that its sender is still writing
         self._later = {PARTS, *(name for name, inbound in inbounds.items() if inbound.comes_later)}
         self.counts: Counter[str] = Counter()
 
@@ -67,47 +68,74 @@ class Receiver:
 
         patience: for how many seconds to wait for the bytes of one that is still being written. When they
         are over, `is_being_written` says so. `ProtocolError` and `PeerGone` for a message that cannot be
-        opened, which is gone then; `Timeout` for one that can be opened later.
+        opened, which is gone then; `Timeout` for one that can be opened later, where there is no other.
         """
+        take = partial(self._take_data, type_=type_, copy=copy, stage=stage)
+        stalled: dict[Link, Timeout] = {}
         with self._receiving:
-            while (waiting := self._next()) is not None:
-                if not isinstance(waiting.message, Data):
-                    self._take_other(waiting, stage)
-                    continue
-                message = self._take_data(waiting, type_, copy=copy, stage=stage, patience=patience)
-                if message is not None or self._opened is not None:
-                    return message
+            while True:
+                for opened in list(self._written.values()):
+                    message = take(opened.waiting, patience=0.0)
+                    if message is not None:
+                        return message
+                waiting = self._next(stalled)
+                if waiting is not None:
+                    try:
+                        message = self._take_one(waiting, take, stage)
+                    except Timeout as error:  # its sender stopped in mid-step, which holds up no other
+                        stalled[waiting.link] = error
+                    if message is not None:
+                        return message
+                elif self._written:
+                    first = next(iter(self._written.values())).waiting
+                    message = take(first, patience=patience)
+                    if message is not None or first.link in self._written:
+                        return message
+                elif stalled:
+                    raise next(iter(stalled.values()))
+                else:
+                    return None
+
+    def _take_one(
+        self, waiting: Waiting, take: Callable[..., Message | None], stage: Stage | None
+    ) -> Message | None:
+        if isinstance(waiting.message, Data):
+            return take(waiting, patience=0.0)
+        self._take_other(waiting, stage)
         return None
 
     @property
     def is_being_written(self) -> bool:
-        """Whether the message that comes next is there but for bytes that its sender still writes."""
-        return self._opened is not None
+        """Whether a message that could be taken is there but for bytes that its sender still writes."""
+        return bool(self._written)
 
     def what_is_written(self) -> str:
-        """Which message that is, for a person; "" when none is."""
-        opened = self._opened
-        return (
-            f"message {opened.waiting.message.number} from {opened.waiting.link} is not written to its end"
-            if opened
-            else ""
+        """Which messages these are, for a person; "" when there is none."""
+        return "; ".join(
+            f"message {opened.data.number} from {link} is not written to its end"
+            for link, opened in list(self._written.items())
         )
 
     def has_next(self) -> bool:
-        """Whether there is a message that can be taken now."""
-        return self._next() is not None
+        """Whether there is a message that can be taken now, or soon without anything more coming."""
+        return bool(self._written) or self._next() is not None
 
-    def _next(self) -> Waiting | None:
-        """The first message whose bytes have come.
+    def _next(self, stalled: Collection[Link] = ()) -> Waiting | None:
+        """The first message whose bytes have come, of a link that isn't `stalled`.
 
-        Those whose bytes come by themselves are taken in the order of their link; others overtake them.
+        Those whose bytes come by themselves are taken in the order of their link; others overtake them. One
+        that is being written is overtaken by those of other links alone.
         """
-        queue = self.queue
-        if not queue or not self._comes_later(queue[0].message):
+        queue, written = self.queue, self._written
+        if not queue or not (written or stalled or self._comes_later(queue[0].message)):
             return queue[0] if queue else None
         late: set[Link] = set()
+        behind = set(stalled)
         for waiting in list(queue):  # others append to it meanwhile
             link, message = waiting.link, waiting.message
+            if link in behind or (link in written and written[link].waiting is waiting):
+                behind.add(link)
+                continue
             if not self._comes_later(message):
                 return waiting
             if link not in late and self._is_ready(waiting):
@@ -133,16 +161,16 @@ class Receiver:
         self, waiting: Waiting, type_: Any, *, copy: bool, stage: Stage | None, patience: float
     ) -> Message | None:
         """The message; None when it is not complete yet, or was given up and is gone."""
-        link, data, opened = waiting.link, waiting.message, self._opened
+        link, data = waiting.link, waiting.message
         assert isinstance(data, Data)
+        opened = self._written.pop(link, None)
         if opened is None or opened.waiting is not waiting:
             opened = Opened(waiting, data)
-        self._opened = None
         try:
             if not opened.tensors:
                 self._open_all(opened, stage)
             if not opened.complete(patience):
-                self._opened = opened
+                self._written[link] = opened
                 return None
             if copy:
                 opened.copy()
@@ -327,7 +355,7 @@ class Receiver:
         """Drop what was not taken."""
         with self._receiving:
             self.queue.clear()
-            self._opened = None
+            self._written.clear()
             self._assemblies.clear()
             for inbound in self.inbounds.values():
                 inbound.close()

@@ -309,6 +309,31 @@ def test_a_message_that_is_still_being_written_is_waited_for_and_named(address: 
         assert same(receiving.result(WAIT).body["x"], noise(LARGE))
 
 
+def test_who_stops_while_it_writes_holds_up_nobody_else(address: str) -> None:
+    source = InSteps(noise(LARGE))
+    with (
+        transport.listen(address, name="near", config=config()) as near,
+        joined(near, "front", config()) as front,
+        joined(near, "other", config()) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        for sender in (front, other):
+            exchanged((sender, near), {"x": noise(LARGE)}, None)
+        sending = pool.submit(send_source, front, source)
+        with pytest.raises(transport.Timeout, match="message 2 from 'front'"):
+            near.receive(timeout=0.2)
+        for turn in range(3):
+            message = exchanged((other, near), {"turn": turn, "x": noise(LARGE)}, None)
+            assert (message.sender, message.body["turn"]) == ("other", turn)
+            assert same(message.body["x"], noise(LARGE))
+            del message
+        source.go_on.set()
+        sending.result(WAIT)
+        front.send({"after": 1})
+        assert same(near.receive().body["x"], noise(LARGE))
+        assert near.receive().body == {"after": 1}
+
+
 def test_an_event_loop_goes_on_while_a_message_is_being_written(address: str) -> None:
     source = InSteps(noise(LARGE))
 
