@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -307,6 +308,18 @@ def test_a_message_that_is_still_being_written_is_waited_for_and_named(address: 
         source.go_on.set()
         sending.result(WAIT)
         assert same(receiving.result(WAIT).body["x"], noise(LARGE))
+
+
+def test_what_was_sent_is_kept_by_nobody_though_it_is_not_acknowledged(address: str) -> None:
+    with transport.listen(address, config=config()) as front, joined(front, "near", config()) as near:
+        exchanged((front, near), {"x": noise(LARGE)}, None)
+        image = noise(LARGE).numpy()
+        gone = weakref.ref(image)
+        front.send({"x": image})
+        del image
+        assert front.peers[0].unacknowledged
+        assert gone() is None
+        assert same(near.receive().body["x"], noise(LARGE).numpy())
 
 
 def test_who_stops_while_it_writes_holds_up_nobody_else(address: str) -> None:

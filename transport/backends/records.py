@@ -67,6 +67,7 @@ class Unfilled(ShmParcel):
                 )
             else:
                 self._writer.commit([record for _, record in self._left])
+                self._left = ()  # what was copied may go, though the message is not acknowledged
                 return
         except BaseException:
             self.abandon()
@@ -75,6 +76,7 @@ class Unfilled(ShmParcel):
 
     def abandon(self) -> None:
         records = [record for _, record in self._left]
+        self._left = ()
         with self._lock:
             self._given_up = {record.slot for record in records}
             self._writer.abort(records)
