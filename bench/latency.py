@@ -48,8 +48,8 @@ COLUMNS = (
 )
 
 METHOD = f"""\
-Near sends one int64 vector, far looks at three words of it (the number of the message), drops it
-and answers with a small message; timed at near from the call of send to the answer. All sizes of
+Near sends one int64 vector, made anew each time, far looks at three words of it (the number of the
+message), drops it and answers with a small message; timed at near from the call of send to the answer. All sizes of
 one way follow each other, smallest first, in one pair of processes, fresh each round; before the timed
 messages of a size come {WARM} whose every byte is checked by CRC-32. "floor" copies into one warm place
 that both map (np.copyto, one thread) and rings through zmq; nothing with one copy by one thread and
@@ -66,12 +66,12 @@ def near(folder: Path, link: links.Link, *, plan: Sequence[tuple[int, int]]) -> 
     for nbytes, messages in plan:
         source: payload.Words = np.empty(nbytes // 8, np.int64)
         payload.fill(source, nbytes)
-        tensor = torch.from_numpy(source)
         taken = []
         for turn in range(WARM + messages):
             number += 1
             payload.stamp(source, number)
-            body = {"n": number, "tensors": [tensor]}
+            # Another one each time, as in an engine: torch_shm moves it to shared memory at its first send.
+            body = {"n": number, "tensors": [torch.from_numpy(source.copy())]}
             if turn < WARM:
                 body["crc"] = payload.checksum(source)
             start = time.perf_counter()
