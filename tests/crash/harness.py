@@ -445,6 +445,38 @@ class Outcome:
         return segments_of(self.pids)
 
 
+def act(
+    plays: Mapping[str, Callable[[Stage, Kill | None], None]],
+    path: Path,
+    victim: str = "",
+    kill: Kill | None = None,
+) -> tuple[bool, Stage, set[int]]:
+    """Run a play of these roles until they end it; the victim dies at `kill` and is started again.
+
+    Whether it died, where the reports are, and the pids of all.
+    """
+    stage = Stage(path)
+    cast = {role: start(play, stage, kill if role == victim else None) for role, play in plays.items()}
+    pids = {process.pid or 0 for process in cast.values()}
+    killed = False
+    deadline = time.monotonic() + WAIT
+    try:
+        while not stage.done or any(process.is_alive() for process in cast.values()):
+            assert time.monotonic() < deadline, "the play is stuck"
+            if not killed and victim and cast[victim].exitcode == -signal.SIGKILL:
+                killed = True
+                finish(cast[victim])
+                cast[victim] = start(plays[victim], stage, None)
+                pids.add(cast[victim].pid or 0)
+            time.sleep(0.002)
+        assert {process.exitcode for process in cast.values()} == {0}
+    finally:
+        stage.end()
+        for process in cast.values():
+            finish(process)
+    return killed, stage, pids
+
+
 def segments_of(pids: Collection[int]) -> list[str]:
     """The segments that these processes made; others run beside, and may sweep meanwhile."""
     found = []

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,36 +83,10 @@ def serve(endpoint: transport.Endpoint, stage: Stage) -> None:
 PLAYS = {"front": play_front, "worker": play_worker}
 
 
-def perform(path: Path, victim: str, kill: Kill | None) -> tuple[bool, Stage, set[int]]:
-    """Run it; the victim dies at `kill` and is started again. Whether it died."""
-    stage = Stage(path)
-    cast = {
-        role: harness.start(play, stage, kill if role == victim else None) for role, play in PLAYS.items()
-    }
-    pids = {process.pid or 0 for process in cast.values()}
-    killed = False
-    deadline = time.monotonic() + harness.WAIT
-    try:
-        while not stage.done or any(process.is_alive() for process in cast.values()):
-            assert time.monotonic() < deadline, "the play is stuck"
-            if not killed and victim and cast[victim].exitcode == -signal.SIGKILL:
-                killed = True
-                harness.finish(cast[victim])
-                cast[victim] = harness.start(PLAYS[victim], stage, None)
-                pids.add(cast[victim].pid or 0)
-            time.sleep(0.002)
-        assert [process.exitcode for process in cast.values()] == [0, 0]
-    finally:
-        stage.end()
-        for process in cast.values():
-            harness.finish(process)
-    return killed, stage, pids
-
-
 def test_the_steps_are_those_we_know() -> None:
     """A renamed event would take its kill point away in silence."""
     with harness.folder() as path:
-        _, stage, pids = perform(path, "", None)
+        _, stage, pids = harness.act(PLAYS, path)
         for role, steps in STEPS.items():
             (report,) = stage.reports(role)
             assert set(steps) <= set(report["events"])
@@ -127,7 +98,7 @@ def test_the_steps_are_those_we_know() -> None:
 )
 def test_killed_at_every_step_of_a_transfer(role: str, event: str) -> None:
     with harness.folder() as path:
-        killed, _, pids = perform(path, role, Kill(event, 1 if event == "bulk.attached" else 2))
+        killed, _, pids = harness.act(PLAYS, path, role, Kill(event, 1 if event == "bulk.attached" else 2))
         assert killed, f"{role} lives in spite of {event}"
         shm.sweep()
         assert segments_of(pids) == []

@@ -77,3 +77,30 @@ def _ask(endpoint: transport.Endpoint, count: int, nbytes: int) -> dict[str, Any
         "nbytes": statistics["nbytes"],
         "connections": statistics["tcp"]["bulk"]["connections"],
     }
+
+
+def front_of_two(
+    pid: int, told: Connection, address: str, options: Mapping[str, Any], count: int, nbytes: int
+) -> None:
+    """Send each message to two peers of another host; tell whether both got all of it, and what it took."""
+    enter(pid)
+    names = ["first", "second"]
+    with transport.listen(address, config=TransportConfig(**_fields(options))) as endpoint:
+        endpoint.wait_for_peers(names, timeout=WAIT)
+        right = []
+        for seed in range(count):
+            value = noise(nbytes, seed)
+            endpoint.send({"do": "sum", "value": value}, to=names)
+            right += [endpoint.receive().body == digest(value) for _ in names]
+            deadline = time.monotonic() + WAIT
+            while not bulk(endpoint)["neighbours"] and time.monotonic() < deadline:
+                time.sleep(0.005)
+        told.send({"right": all(right) and len(right) == 2 * count, "bulk": bulk(endpoint)})
+        endpoint.send({"do": "stop"}, to=names)
+
+
+def bulk(endpoint: transport.Endpoint) -> dict[str, Any]:
+    """What an endpoint tells of its bulk connections."""
+    backend = endpoint.statistics()["backend"]
+    figures: dict[str, Any] = backend.get("tcp", backend)["bulk"]
+    return figures

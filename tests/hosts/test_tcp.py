@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import Pipe
@@ -72,6 +73,34 @@ def test_a_narrow_cable_lets_small_messages_pass_large_ones() -> None:
             outcome = told(front)
             assert outcome["right"]
             assert outcome["before"] < 3
+
+
+@pytest.mark.parametrize("backend", ["tcp", "auto"])
+def test_the_payload_for_two_peers_of_a_host_crosses_the_cable_once(backend: str) -> None:
+    """As the cable counts it; with the first message, before they know each other, it crosses twice."""
+    count, nbytes = 10, 4 * MIB
+    with two_hosts() as (head, far):
+        address = f"tcp://{head.address}:29550"
+        options = {"backend": backend}
+        here, there = Pipe(duplex=False)
+        with (
+            here,
+            there,
+            running(scenes.front_of_two, head.pid, there, address, options, count, nbytes),
+            running(scenes.peer, far.pid, address, "first", options),
+            running(scenes.peer, far.pid, address, "second", options),
+        ):
+            outcome = told(here)
+        assert outcome["right"]
+        assert outcome["bulk"]["crossed once"] == count - 1
+        assert count + 1 < received(far) / nbytes < count + 2
+
+
+def received(host: Host) -> int:
+    """The bytes that came over a host's cable."""
+    (link,) = json.loads(host.done(["ip", "-json", "-stats", "link", "show", host.interface]))
+    nbytes: int = link["stats64"]["rx"]["bytes"]
+    return nbytes
 
 
 def test_a_host_that_is_gone_ends_the_link_in_time() -> None:

@@ -33,6 +33,8 @@ from transport.bulk.cargo import Cargo
 from transport.bulk.channel import Channel
 from transport.bulk.hub import Hub
 from transport.bulk.landing import Landing
+from transport.bulk.lodging import Guest, Host
+from transport.bulk.neighbours import Neighbours
 from transport.bulk.terms import Terms, decode_handle, decode_terms, encode_handle, encode_terms
 from transport.bulk.transfer import Outgoing
 from transport.config import TransportConfig
@@ -99,7 +101,8 @@ class TcpOutbound(Outbound):
     ) -> None:
         super().__init__(config)
         self.ring = ring or ShmOutbound(config)
-        self.hub = Hub(config, Landing(config, self._land))
+        neighbours = Neighbours(Host(self.ring), Guest(config))
+        self.hub = Hub(config, Landing(config, self._land), neighbours)
         self._budget = budget or Budget(config.detour_bytes)
         self._share = Budget(int(config.ring_bytes * config.peer_share), "a peer's share of the ring")
         self._asked: set[Peer] = set()
@@ -205,9 +208,9 @@ class TcpOutbound(Outbound):
         with _told_why(channels), self._share.taken_for(readers, nbytes, timeout=left, poll=poll):
             cargo, unwritten, beside = self._loaded(wanted, readers, deadline, poll)
             # Begun before it is written: what is written is sent while the rest is still being copied.
-            transfers = {
-                peer: (channel, self.hub.start(channel, cargo)) for peer, channel in channels.items()
-            }
+            outgoings = self.hub.start(list(channels.values()), cargo)
+            pairs = zip(channels.values(), outgoings, strict=True)
+            transfers = dict(zip(channels, pairs, strict=True))
             parcel = TcpParcel(sizes, transfers, self.hub, partial(self._give, nbytes, beside))
             try:
                 for index in unwritten:
@@ -314,6 +317,7 @@ class TcpInbound(Inbound):
 
     def accept(self, peer: Peer, offer: bytes, own_name: str) -> Proof | Refusal:
         site = self._site()
+        site.hub.neighbours.guest.name = own_name
         offered = decode_terms(offer)
         if offered is None:
             return Refusal("the offer is not one")
@@ -344,7 +348,7 @@ class TcpInbound(Inbound):
             if time.monotonic() > deadline:
                 raise Timeout(f"the bytes of {peer.name}'s tensor are still to come")
             time.sleep(_NAP)
-        arrays = channel.landed.get(where.transfer)
+        arrays = channel.arriving.landed.get(where.transfer)
         if arrays is None:
             if channel.over:
                 why = channel.fault or "the link ended"
@@ -365,12 +369,11 @@ class TcpInbound(Inbound):
         hub = self._site().hub
         channel = hub.channel(peer)
         try:
-            arrays = None if channel is None else channel.landed.pop(decode_handle(handle).transfer, None)
+            nbytes = None if channel is None else channel.arriving.take(decode_handle(handle).transfer)
         except ProtocolError:
             return
-        if channel is not None and arrays is not None:
-            nbytes = sum(array.nbytes for array in arrays)
-            hub.tell(partial(hub.landing.taken, peer.link, nbytes), now=channel.waits_for_room)
+        if channel is not None and nbytes:
+            hub.tell(partial(hub.landing.taken, peer.link, nbytes), now=channel.arriving.waits_for_room)
 
     def fault(self, peer: Peer) -> str:
         return self._site().fault(peer)

@@ -10,14 +10,15 @@ from collections import deque
 from collections.abc import Callable
 
 from transport.backends.base import Bytes, Peer
+from transport.bulk.arriving import Arriving
 from transport.bulk.connection import Connection, Lost
-from transport.bulk.frames import MAX_TEXT, Damaged, Frame, Kind, encode, with_body
+from transport.bulk.frames import HANDLE_BYTES, MAX_TEXT, Damaged, Frame, Kind, encode, with_body
 from transport.bulk.landing import Landing
-from transport.bulk.transfer import Incoming, Outgoing
+from transport.bulk.lodging import MOST_NEIGHBOURS
+from transport.bulk.neighbours import INTRODUCTIONS, Neighbours
+from transport.bulk.transfer import Outgoing
 from transport.config import TransportConfig
 
-_FIRST_LOOK, _LONGEST_LOOK = 2e-3, 50e-3  # seconds between two looks for room
-_SAY_HELD_EVERY = 1.0
 _STILL_COMING = 1.0  # seconds without a byte after which a link that ended has nothing more to come
 _DAMAGES = 5  # connections in a row that brought no whole chunk
 
@@ -26,54 +27,57 @@ class Channel:
     """What one link sends and receives. `wake` is called when something has landed, or never will.
 
     Read in any thread: opened (how many connections there were), fault (why it cannot go on, "" while it
-    can), held (why the peer grants no credit), landed (what has come, by transfer), over (nothing more
-    comes), limit (bytes that the peer takes at once).
+    can), held (why the peer grants no credit), over (nothing more comes), limit (bytes that the peer takes at
+    once).
     """
 
     def __init__(
-        self, peer: Peer, config: TransportConfig, landing: Landing, wake: Callable[[], object]
+        self,
+        peer: Peer,
+        config: TransportConfig,
+        landing: Landing,
+        wake: Callable[[], object],
+        neighbours: Neighbours,
     ) -> None:
         self.peer = peer
+        self.slow = False  # its neighbours got for themselves what it was slow to take
         self.opened = 0
         self.fault = self.held = ""
         self.over = self.ended = False
         self.limit = 0
-        self.landed: dict[int, list[Bytes]] = {}
-        self.done = 0  # every transfer up to this one has landed, or never will
+        self.arriving = Arriving(peer, config, landing, neighbours, self.post, wake)
         self.connection: Connection | None = None
         self._config = config
-        self._landing = landing
         self._wake = wake
+        self._neighbours = neighbours
         self._outgoing: dict[int, Outgoing] = {}
         self._streaming: deque[Outgoing] = deque()
         self._on_its_way: Outgoing | None = None  # whose chunk the connection may be reading
         self._to_let_go: list[Outgoing] = []
-        self._incoming: dict[int, Incoming] = {}
-        self._alive: set[int] = set()  # announced on this connection
         self._numbers = 0  # given out; under the hub's lock
         self._last = 0  # the number of the last transfer that was started
         self._scratch = bytearray()
         self._lost_at = self._last_byte = time.monotonic()
-        self._said_held = -_SAY_HELD_EVERY
-        self._look_at = self._nap = 0.0
         self._owing_since: float | None = None
-        self._damages = self._received = 0
+        self._damages = self._received = self._sent_before = 0
 
     # ------------------------------------------------------------------ for any thread
 
     def is_ready(self, transfer: int) -> bool:
         """Whether `take` has an answer: it has landed, or never will."""
-        return transfer in self.landed or transfer <= self.done or self.over
+        arriving = self.arriving
+        return transfer in arriving.landed or transfer <= arriving.done or self.over
+
+    @property
+    def sent(self) -> int:
+        """The bytes that were sent, whatever for."""
+        connection = self.connection
+        return self._sent_before + (0 if connection is None else connection.sent)
 
     def next_number(self) -> int:
         """For one more transfer, which is to be started in this order."""
         self._numbers += 1
         return self._numbers
-
-    @property
-    def waits_for_room(self) -> bool:
-        """Whether something that was announced has no credit."""
-        return self._look_at > 0
 
     @property
     def idle(self) -> bool:
@@ -89,10 +93,11 @@ class Channel:
             self.detach("it was made again")
         self.connection = connection
         self.opened += 1
-        self._alive.clear()
+        self.arriving.begin()
         for outgoing in self._outgoing.values():
             self._announce(outgoing)
-        connection.post(encode(Frame(Kind.ONLY, self._last)))
+        self.post(Frame(Kind.ONLY, self._last))
+        self._neighbours.introductions.attached(self)
         self._config.emit("bulk.attached", peer=self.peer.name, opened=self.opened)
 
     def detach(self, reason: str, *, damaged: bool = False) -> None:
@@ -100,11 +105,13 @@ class Channel:
         if self.connection is None:
             return
         self._damages += damaged
+        self._sent_before += self.connection.sent
         self.connection.close()
         self.connection = None
         self._lost_at = time.monotonic()
         self._streaming.clear()
         self._let_go()
+        self._neighbours.introductions.lost(self)
         if self.ended:
             self._finish(reason)
         elif self._damages > _DAMAGES:
@@ -118,37 +125,48 @@ class Channel:
     def end(self) -> None:
         """The link has ended: send nothing any more; what is still coming may come."""
         self.ended = True
-        self._outgoing.clear()
+        self._drop_outgoing()
         self._streaming.clear()
         self._last_byte = time.monotonic()
-        if self.connection is None or not self._incoming:
+        if self.connection is None or not self.arriving.waits:
             self._finish("the link ended")
 
     def close(self) -> None:
         """The link ended and nothing that came is left: let go of everything."""
         self.ended = True
-        self._outgoing.clear()
         self._finish("the link ended")
-        self.landed.clear()
-        self._landing.forget(self.peer.link)
+        self.arriving.close()
 
     def _finish(self, reason: str) -> None:
         self.over = True
+        self._drop_outgoing()
         self.detach(reason)
-        self._incoming.clear()
+        self.arriving.clear()
+        self._neighbours.introductions.forget(self)
         self._wake()
+
+    def _drop_outgoing(self) -> None:
+        outgoings = list(self._outgoing.values())
+        self._outgoing.clear()
+        for outgoing in outgoings:
+            _settled(outgoing)
 
     # ------------------------------------------------------------------ out
 
     def start(self, outgoing: Outgoing) -> None:
         """Send the tensors of one message; `outgoing` was made for this channel."""
         self._last = outgoing.number
-        if not self.over and not self.ended:
-            self._outgoing[outgoing.number] = outgoing
-            self._announce(outgoing)
+        if self.over or self.ended:
+            _settled(outgoing)
+            return
+        self._outgoing[outgoing.number] = outgoing
+        self._announce(outgoing)
 
     def cancel(self, outgoing: Outgoing) -> None:
         """The peer is not to have it any more: let go of it as soon as nothing is read from it."""
+        if outgoing.sent and outgoing.crossing is not None and outgoing.crossing.awaits(outgoing):
+            outgoing.released = True  # it was taken before this side heard where it landed
+            return
         self.forget(outgoing)
         self._to_let_go.append(outgoing)
         if not self._is_under_way(outgoing):
@@ -157,9 +175,22 @@ class Channel:
     def forget(self, outgoing: Outgoing) -> None:
         """The peer has it, or will not have it."""
         if self._outgoing.pop(outgoing.number, None) is not None:
-            self._post(Frame(Kind.CANCEL, outgoing.number))
+            self.post(Frame(Kind.CANCEL, outgoing.number))
         if outgoing in self._streaming:
             self._streaming.remove(outgoing)
+        _settled(outgoing)
+
+    def place(self, outgoing: Outgoing, neighbour: int, places: bytes) -> None:
+        """A neighbour has what is waited for: say where."""
+        outgoing.placed = True
+        self._config.emit("bulk.placed", peer=self.peer.name, transfer=outgoing.number)
+        self.post(Frame(Kind.PLACED, outgoing.number, start=neighbour), places)
+
+    def send_directly(self, outgoing: Outgoing) -> None:
+        """No neighbour will have what is waited for."""
+        outgoing.behind = False
+        if self._outgoing.get(outgoing.number) is outgoing:
+            self._announce(outgoing)
 
     def next_chunk(self) -> tuple[bytes, Bytes] | None:
         self._let_go()
@@ -176,8 +207,10 @@ class Channel:
         return self.connection is not None and self.connection.sending and self._on_its_way is outgoing
 
     def _announce(self, outgoing: Outgoing) -> None:
-        if self.connection is not None:
-            self.connection.post(with_body(Kind.ANNOUNCE, outgoing.number, outgoing.sizes()))
+        index, start = len(outgoing.neighbours), int(outgoing.behind)
+        self.post(Frame(Kind.ANNOUNCE, outgoing.number, index, start), outgoing.sizes())
+        if outgoing.placed and not outgoing.landed and outgoing.crossing is not None:
+            outgoing.crossing.say_again(outgoing)
 
     def _let_go(self) -> None:
         self._on_its_way = None
@@ -189,113 +222,65 @@ class Channel:
 
     def body_of(self, frame: Frame) -> memoryview:
         if frame.kind is Kind.CHUNK:
-            incoming = self._incoming.get(frame.transfer)
-            if incoming is None:
-                raise Damaged(f"bytes of transfer {frame.transfer}, which was not announced")
-            return incoming.body_of(frame)
-        most = {Kind.ANNOUNCE: 8 * self._config.max_tensors, Kind.HELD: MAX_TEXT}.get(frame.kind, 0)
+            return self.arriving.body_of(frame)
+        places = HANDLE_BYTES * self._config.max_tensors
+        most = {
+            Kind.ANNOUNCE: 8 * (self._config.max_tensors + MOST_NEIGHBOURS),
+            Kind.HELD: MAX_TEXT,
+            Kind.LANDED: places,
+            Kind.PLACED: places,
+            **dict.fromkeys(INTRODUCTIONS, MAX_TEXT),
+        }.get(frame.kind, 0)
         if frame.nbytes > most:
             raise Damaged(f"a body of {frame.nbytes} bytes in a frame of kind {frame.kind.name}")
         self._scratch = bytearray(frame.nbytes)
         return memoryview(self._scratch)
 
     def arrived(self, frame: Frame, body: memoryview) -> None:
-        number = frame.transfer
         match frame.kind:
             case Kind.CHUNK:
-                self._take_chunk(self._incoming[number], frame)
-            case Kind.ANNOUNCE:
-                self._take_announcement(number, body)
-            case Kind.CANCEL:
-                self._forget(number)
-            case Kind.ONLY:
-                for known in [*self._incoming, *self.landed]:
-                    if known <= number and known not in self._alive:
-                        self._forget(known)
+                self.arriving.arrived(frame, b"")
+                self._damages = 0
             case Kind.HELD:
                 self.held = bytes(body).decode(errors="replace")
             case Kind.GRANT | Kind.LANDED:
-                self._take_answer(frame, self._outgoing.get(number))
+                self._take_answer(frame, self._outgoing.get(frame.transfer), bytes(body))
+            case kind if kind in INTRODUCTIONS:
+                self._neighbours.take(self, frame, bytes(body))
+            case _:
+                self.arriving.arrived(frame, bytes(body))
 
-    def _take_answer(self, frame: Frame, outgoing: Outgoing | None) -> None:
+    def _take_answer(self, frame: Frame, outgoing: Outgoing | None, places: bytes) -> None:
         if outgoing is None or outgoing.landed:  # it was cancelled meanwhile
+            if places and (outgoing is None or outgoing.crossing is None or outgoing.crossing.over):
+                self.post(Frame(Kind.LET_GO, frame.transfer))
             return
         if frame.kind is Kind.GRANT:
             self.held = ""
             if outgoing in self._streaming:
                 raise Damaged(f"credit was granted twice for transfer {frame.transfer}")
             outgoing.go_on_at(frame.index, frame.start)
+            if outgoing.placed and outgoing.crossing is not None:
+                outgoing.crossing.not_found(outgoing)
+            outgoing.behind = outgoing.placed = False
             self._streaming.append(outgoing)
             return
-        if not outgoing.sent or self._is_under_way(outgoing):
+        if not outgoing.placed and (not outgoing.sent or self._is_under_way(outgoing)):
             raise Damaged(f"transfer {frame.transfer} is said to have landed before it was sent")
         outgoing.landed = True
         self._damages = 0
+        if outgoing.neighbours and outgoing.crossing is not None:
+            outgoing.crossing.landed(places)
+        else:
+            _settled(outgoing)
+        if outgoing.released:
+            self.cancel(outgoing)
 
-    def _take_announcement(self, number: int, body: memoryview) -> None:
-        self._alive.add(number)
-        known = self._incoming.get(number)
-        if number <= self.done:
-            self._post(Frame(Kind.LANDED, number))
-        elif known is None:
-            incoming = Incoming(number, body, self._config.max_tensors)
-            if incoming.nbytes > self._landing.limit:
-                raise Damaged(f"{incoming.nbytes} bytes at once, where {self._landing.limit} may be")
-            if len(self._incoming) > self._config.max_queued_messages:
-                raise Damaged(f"{len(self._incoming)} transfers wait, and one more is announced")
-            if number <= max(self._incoming, default=0):
-                raise Damaged(f"transfer {number} is announced after later ones")
-            self._incoming[number] = incoming
-            self._nap = 0.0
-            self.look_for_room(time.monotonic())
-        elif known.arrays is not None:
-            self._post(Frame(Kind.GRANT, number, *known.place))
-
-    def look_for_room(self, now: float) -> None:
-        """Grant credit, first come first served, as far as there is room."""
-        for incoming in self._incoming.values():
-            if incoming.arrays is not None:
-                continue
-            place = self._landing.place(self.peer.link, incoming.sizes)
-            if isinstance(place, str):
-                self._nap = min(2 * self._nap or _FIRST_LOOK, _LONGEST_LOOK)
-                self._look_at = now + self._nap
-                if now - self._said_held > _SAY_HELD_EVERY and self.connection is not None:
-                    self._said_held = now
-                    text = place.encode()[:MAX_TEXT]
-                    self.connection.post(with_body(Kind.HELD, incoming.number, text))
-                return
-            incoming.arrays = place
-            self._said_held = -_SAY_HELD_EVERY
-            self._post(Frame(Kind.GRANT, incoming.number))
-            self._config.emit("bulk.granted", peer=self.peer.name, transfer=incoming.number)
-        self._look_at = 0.0
-
-    def _take_chunk(self, incoming: Incoming, frame: Frame) -> None:
-        incoming.arrived(frame)
-        self._damages = 0
-        self._config.emit("bulk.chunk", peer=self.peer.name, transfer=incoming.number)
-        if not incoming.whole:
-            return
-        del self._incoming[incoming.number]
-        self.landed[incoming.number] = incoming.finished()
-        self.done = incoming.number
-        self._post(Frame(Kind.LANDED, incoming.number))
-        self._config.emit("bulk.landed", peer=self.peer.name, transfer=incoming.number)
-        self._wake()
-
-    def _forget(self, number: int) -> None:
-        """A transfer that the sender gave up, or was told to be taken."""
-        incoming = self._incoming.pop(number, None)
-        arrays = self.landed.pop(number, None) or (incoming.arrays if incoming is not None else None)
-        if arrays is not None:
-            self._landing.taken(self.peer.link, sum(array.nbytes for array in arrays))
-        if incoming is not None and not self._incoming:
-            self.done = max(self.done, number)
-
-    def _post(self, frame: Frame) -> None:
+    def post(self, frame: Frame, body: bytes = b"") -> bool:
+        """Send a frame, if there is a connection; whether there is."""
         if self.connection is not None:
-            self.connection.post(encode(frame))
+            self.connection.post(with_body(frame, body) if body else encode(frame))
+        return self.connection is not None
 
     # ------------------------------------------------------------------ time
 
@@ -312,17 +297,12 @@ class Channel:
                 self.fail(f"the bulk connection is lost for {self._config.tcp_timeout:g} s")
                 return None
             return 0.5
-        waits = []
-        if self._look_at:
-            if now >= self._look_at:
-                self.look_for_room(now)
-            waits.append(max(0.0, self._look_at - now))
-        if self._outgoing or self._incoming:
-            self._check_silence(now)
-            waits.append(1.0)
-        else:
+        wait = self.arriving.tick(now)
+        if not self._outgoing and not self.arriving.waits:
             self._owing_since = None
-        return min(waits, default=None)
+            return wait
+        self._check_silence(now)
+        return 1.0 if wait is None else min(wait, 1.0)
 
     def _check_silence(self, now: float) -> None:
         connection = self.connection
@@ -338,7 +318,13 @@ class Channel:
         connection = self.connection
         if connection is not None and connection.received != self._received:
             self._received, self._last_byte = connection.received, now
-        if now - self._last_byte > _STILL_COMING or not self._incoming:
+        if now - self._last_byte > _STILL_COMING or not self.arriving.waits:
             self._finish("the link ended")
             return None
         return 0.1
+
+
+def _settled(outgoing: Outgoing) -> None:
+    """Who waits for others, or others for it, does so no longer."""
+    if outgoing.crossing is not None:
+        outgoing.crossing.gone(outgoing)

@@ -11,6 +11,19 @@
 On a new connection the sender announces everything that lives again, then says ONLY 7: nothing else up to
 7 does. Credit names the place from which to go on.
 
+Transfers to several peers of one host: see `transport.bulk.crossing`; what comes before that, by the numbers
+that the sender's links with them have:
+
+    sender                     leader, follower
+    INVITE f, its name   →     leader
+                         ←     INVITED f, offer               of its ring; empty: none
+    OFFER l, offer       →     follower
+                         ←     PROOF l, proof                 that it maps that ring; empty: it does not
+    ADMIT f, proof       →     leader
+                         ←     ADMITTED f, whether
+    SETTLED l, whether   →     follower
+    LEFT f or l          →     the other one                  that link has ended
+
 A transfer is the tensors of one message, or of one numbered part of it, for one peer. Transfers of a
 link are numbered from 1 and granted in that order.
 """
@@ -19,7 +32,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -30,6 +43,7 @@ CHUNK_BYTES = (
     1 << 20
 )  # of a chunk, a tensor's last excepted: the unit of checking, and what a small frame waits for
 MAX_TEXT = 500
+HANDLE_BYTES = 100  # at most, of a tensor in a neighbour's ring
 
 _HEADER = struct.Struct("<B3xIQQQI")
 _CHECK = struct.Struct("<I")
@@ -49,6 +63,16 @@ class Kind(IntEnum):
     LANDED = 5
     CANCEL = 6
     ONLY = 7
+    PLACED = 8
+    LET_GO = 9
+    INVITE = 10
+    INVITED = 11
+    OFFER = 12
+    PROOF = 13
+    ADMIT = 14
+    ADMITTED = 15
+    SETTLED = 16
+    LEFT = 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +109,10 @@ def decode(header: bytes | bytearray) -> Frame:
         raise Damaged(f"there is no kind of frame {kind}") from error
 
 
-def with_body(kind: Kind, transfer: int, body: bytes) -> bytes:
+def with_body(frame: Frame, body: bytes) -> bytes:
     """A frame that carries a few bytes of its own."""
-    check = checksum(np.frombuffer(body, np.uint8))
-    return encode(Frame(kind, transfer, nbytes=len(body), checksum=check)) + body
+    check = checksum(np.frombuffer(body, np.uint8)) if body else 0
+    return encode(replace(frame, nbytes=len(body), checksum=check)) + body
 
 
 def checksum(data: Bytes) -> int:

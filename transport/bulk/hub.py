@@ -15,16 +15,18 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from transport.backends.base import Peer
 from transport.bulk.cargo import Cargo
 from transport.bulk.channel import Channel
 from transport.bulk.connection import Connection, Lost
+from transport.bulk.crossing import Crossing, Line
 from transport.bulk.handshake import TOKEN_BYTES
 from transport.bulk.landing import Landing
 from transport.bulk.meeting import Meeting, Way
+from transport.bulk.neighbours import Neighbours
 from transport.bulk.poller import IN, OUT, Poller
 from transport.bulk.tls import Identity, available
 from transport.bulk.transfer import Outgoing
@@ -40,8 +42,9 @@ _LOOK_EVERY = 1e-3  # seconds between two looks at the clock while something goe
 class Hub:
     """Channels by link. `wake` is called when something has landed or never will."""
 
-    def __init__(self, config: TransportConfig, landing: Landing) -> None:
+    def __init__(self, config: TransportConfig, landing: Landing, neighbours: Neighbours) -> None:
         self.landing = landing
+        self.neighbours = neighbours
         self.wake: Callable[[], object] = lambda: None
         self._config = config
         self._lock = threading.Lock()
@@ -125,7 +128,7 @@ class Hub:
     def _way(self, peer: Peer, token: bytes) -> Way:
         way = self._ways.get(peer.link)
         if way is None:
-            channel = Channel(peer, self._config, self.landing, self._wake)
+            channel = Channel(peer, self._config, self.landing, self._wake, self.neighbours)
             until = time.monotonic() + self._config.handshake_timeout
             way = Way(channel, token, until, secure=self._is_secure(peer))
             self._ways[peer.link] = way
@@ -154,13 +157,32 @@ class Hub:
         elif now:
             self._poller.wake()
 
-    def start(self, channel: Channel, cargo: Cargo) -> Outgoing:
-        """Send these bytes, of which some may still have to be written."""
+    def start(self, channels: Sequence[Channel], cargo: Cargo) -> list[Outgoing]:
+        """Send these bytes, of which some may still have to be written, by all these channels.
+
+        Where several peers share a host, by proof, one of them gets the bytes and the others read them there.
+        """
+        nbytes = sum(piece.nbytes for piece in cargo.pieces)
         with self._lock:
-            outgoing = Outgoing(channel.next_number(), cargo)
+            outgoings = [Outgoing(channel.next_number(), cargo) for channel in channels]
+            transfers = list(zip(channels, outgoings, strict=True))
+            crossings, unknown = self.neighbours.introductions.plan(transfers, nbytes)
             if not self._closed:
-                self._queue(lambda: channel.start(outgoing))
-            return outgoing
+                self._queue(partial(self._start, transfers, crossings, unknown))
+            return outgoings
+
+    def _start(
+        self,
+        transfers: Sequence[tuple[Channel, Outgoing]],
+        crossings: Sequence[Crossing],
+        unknown: Sequence[tuple[Line, Line]],
+    ) -> None:
+        for crossing in crossings:
+            self.neighbours.begin(crossing)
+        for channel, outgoing in transfers:
+            channel.start(outgoing)
+        for leader, follower in unknown:
+            self.neighbours.introductions.introduce(leader, follower)
 
     def go_on(self) -> None:
         """More of what is to be sent was written."""
@@ -197,6 +219,10 @@ class Hub:
         return {
             "channels": len(channels),
             "connections": sum(channel.opened for channel in channels),
+            "sent bytes": {channel.peer.name: channel.sent for channel in channels},
+            "neighbours": self.neighbours.introductions.proved,
+            "crossed once": self.neighbours.crossed,
+            "read at a neighbour": self.neighbours.opened,
             "landed beside the ring": dict(self.landing.detours),
         }
 
@@ -291,6 +317,7 @@ class Hub:
         waits = self._meeting.overdue(now)
         for way in list(self._ways.values()):
             waits += self._tend(way, now)
+        waits += self.neighbours.look(now)
         return min(waits, default=None)
 
     def _tend(self, way: Way, now: float) -> list[float]:
@@ -312,6 +339,7 @@ class Hub:
         self._obey()
         for way in list(self._ways.values()):
             way.channel.close()
+        self.neighbours.guest.close()
         self._close_descriptors()
 
     def _close_descriptors(self) -> None:

@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 import struct
+from typing import Protocol
 
 from transport.backends.base import Bytes
 from transport.bulk.cargo import Cargo
-from transport.bulk.frames import CHUNK_BYTES, Damaged, Frame, Kind, encode
+from transport.bulk.frames import CHUNK_BYTES, HANDLE_BYTES, Damaged, Frame, Kind, encode
+
+
+class Group(Protocol):
+    """What a transfer has to do with those of the same bytes to other peers: `transport.bulk.crossing`."""
+
+    def landed(self, places: bytes) -> None:
+        """The one that is read by others has landed; where, empty where they cannot read it."""
+
+    def say_again(self, outgoing: Outgoing) -> None:
+        """A follower may not have heard where it is."""
+
+    def awaits(self, outgoing: Outgoing) -> bool:
+        """Whether others wait for this one to land."""
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody waits."""
+
+    def not_found(self, outgoing: Outgoing) -> None:
+        """A follower did not find it where it was said to be."""
+
+    def gone(self, outgoing: Outgoing) -> None:
+        """One has landed, or never will."""
 
 
 class Outgoing:
@@ -15,18 +39,40 @@ class Outgoing:
     `landed` may be read in any thread: the peer has all of it, and nothing is read here any more.
     """
 
-    __slots__ = ("_cargo", "_index", "_sizes", "_start", "landed", "number")
+    __slots__ = (
+        "_cargo",
+        "_index",
+        "_sizes",
+        "_start",
+        "behind",
+        "crossing",
+        "landed",
+        "neighbours",
+        "number",
+        "placed",
+        "released",
+    )
 
     def __init__(self, number: int, cargo: Cargo) -> None:
         self.number = number
         self.landed = False
+        self.crossing: Group | None = None
+        self.neighbours: list[int] = []  # who shall read it where it lands, by the sender's links
+        self.behind = self.placed = False  # waits for a neighbour to have it; was told where it is
+        self.released = False  # nobody waits for it but the crossing
         self._cargo: Cargo | None = cargo
         self._sizes = [piece.nbytes for piece in cargo.pieces]
         self._index = self._start = 0
 
     def sizes(self) -> bytes:
-        """The body of its announcement."""
-        return struct.pack(f"<{len(self._sizes)}Q", *self._sizes)
+        """The body of its announcement: the sizes, and who shall read it where it lands."""
+        words = [*self._sizes, *self.neighbours]
+        return struct.pack(f"<{len(words)}Q", *words)
+
+    @property
+    def writing(self) -> bool:
+        """Whether what is sent next is still to be written here."""
+        return not self.sent and not self.ready
 
     def go_on_at(self, index: int, start: int) -> None:
         """The peer has everything before this place. `Damaged` when no chunk begins there."""
@@ -64,15 +110,23 @@ class Outgoing:
 
 
 class Incoming:
-    """What comes from a peer. arrays: where it goes, once credit was granted for all of it."""
+    """What comes from a peer. arrays: where it goes, once credit was granted for all of it.
 
-    __slots__ = ("_index", "_start", "arrays", "number", "sizes")
+    neighbours: who is to read it here as well. behind: it waits until a neighbour has it.
+    """
 
-    def __init__(self, number: int, body: bytes | memoryview, most: int) -> None:
-        if len(body) % 8 or len(body) > 8 * most:
+    __slots__ = ("_index", "_start", "arrays", "behind", "neighbours", "number", "placed", "sizes")
+
+    def __init__(
+        self, number: int, body: bytes | memoryview, most: int, *, neighbours: int = 0, behind: bool = False
+    ) -> None:
+        if len(body) % 8 or len(body) > 8 * (most + neighbours) or len(body) <= 8 * neighbours:
             raise Damaged(f"an announcement of {len(body)} bytes")
         self.number = number
-        self.sizes: tuple[int, ...] = struct.unpack(f"<{len(body) // 8}Q", body)
+        words: tuple[int, ...] = struct.unpack(f"<{len(body) // 8}Q", body)
+        self.sizes, self.neighbours = words[: len(words) - neighbours], words[len(words) - neighbours :]
+        self.behind = behind
+        self.placed: tuple[int, bytes] | None = None  # the neighbour that has it, and where
         if not all(self.sizes):
             raise Damaged("an announcement of no bytes")
         self.arrays: list[Bytes] | None = None
@@ -106,6 +160,12 @@ class Incoming:
         """A chunk is there, and right."""
         self._start += chunk.nbytes
         self._skip()
+
+    def found_at(self, neighbour: int, places: bytes) -> None:
+        """A neighbour has it, and where. `Damaged` when these cannot be so many places."""
+        if len(places) > HANDLE_BYTES * len(self.sizes):
+            raise Damaged(f"{len(places)} bytes to say where {len(self.sizes)} tensors are")
+        self.placed = neighbour, places
 
     def finished(self) -> list[Bytes]:
         """The tensors' bytes, from now on read-only."""
