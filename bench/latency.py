@@ -49,11 +49,12 @@ COLUMNS = (
 
 METHOD = f"""\
 Near sends one int64 vector, made anew each time, far looks at three words of it (the number of the
-message), drops it and answers with a small message; timed at near from the call of send to the answer. All sizes of
-one way follow each other, smallest first, in one pair of processes, fresh each round; before the timed
-messages of a size come {WARM} whose every byte is checked by CRC-32. "floor" copies into one warm place
-that both map (np.copyto, one thread) and rings through zmq; nothing with one copy by one thread and
-zmq as its doorbell is faster, something with a faster doorbell may be. Timed are
+message), drops it and answers with a small message; timed at near from the call of send to the
+answer. All sizes of one way follow each other, smallest first, in one pair of processes, fresh
+each round; before the timed messages of a size come {WARM} whose every byte is checked by CRC-32.
+"floor" copies into one warm place that both map (np.copyto, one thread) and rings through zmq; nothing
+with one copy by one thread and zmq as its doorbell is faster, something with a faster doorbell may be.
+Timed are
 {", ".join(f"{n} of {s // KIB:,} KiB" for s, n in SIZES.items())}.
 Figures: µs, medians of the rounds of p50 and p99 within a round (with fewer than 100 messages p99 is
 nearly the highest)."""
