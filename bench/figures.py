@@ -24,6 +24,7 @@ mpl.rcParams |= {
 mpl.rcParams |= {"axes.spines.right": False, "axes.titlesize": 10, "figure.dpi": 110}
 
 # Okabe and Ito's colours, which the colour-blind tell apart: ours, others', the floor.
+_TITLE_WIDTH = 9.0  # inches; of fewer the title and what stands below lack some
 OUR, OTHER, FLOOR = "#0072B2", "#8C8C8C", "#D55E00"
 
 NAMES = {
@@ -66,7 +67,8 @@ def bars(
     """A panel for each layout, a bar for each way with its median and range, in the order of the table."""
     layouts = [layout for layout in columns if any(r.row.arguments["layout"] == layout for r in results)]
     ways = [way for way in rows if any(r.row.arguments["column"] == way for r in results)]
-    figure = Figure(figsize=(2.2 + 1.75 * len(layouts), 0.9 + 0.27 * len(ways)), layout="constrained")
+    width = max(_TITLE_WIDTH, 2.2 + 1.75 * len(layouts))
+    figure = Figure(figsize=(width, 0.9 + 0.27 * len(ways)), layout="constrained")
     panels = figure.subplots(1, len(layouts), sharey=True, squeeze=False)[0]
     for panel, layout in zip(panels, layouts, strict=True):
         _panel(panel, [r for r in results if r.row.arguments["layout"] == layout], ways, measure)
