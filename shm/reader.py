@@ -197,7 +197,7 @@ class RingReader:
         while seen < least and now - began < within:
             # Few looks: on a machine without a free core each takes time from who is writing.
             speed = (seen - first) / (now - began) if seen > first else _FAST
-            nap = max((least - seen) / speed * _EARLY, (now - progressed) / 8, _NAP)
+            nap = max((least - seen) / speed * _EARLY, (now - progressed) / 16, _NAP)
             time.sleep(min(nap, _LONGEST_NAP, within))
             self._usable()
             count, tries, now = self.filled(handle), tries + 1, time.monotonic()

@@ -32,6 +32,7 @@ from transport.backends.shm_inbound import ShmInbound
 from transport.config import TransportConfig
 from transport.errors import Full, PeerGone, TooLarge
 from transport.sharing import Exporter
+from transport.sources import PROGRESS_NEVER
 from transport.tensors import Source
 from transport.waiting import attempts
 
@@ -294,8 +295,10 @@ class ShmOutbound(Outbound):
         writer.commit(records)
 
     def _worth_following(self, sources: Sequence[Source], columns: Mapping[Peer, int]) -> bool:
-        large = any(source.nbytes >= _WORTH_FOLLOWING for source in sources)
-        return large and bool(columns) and self._followers.issuperset(columns)
+        largest = max([source.nbytes for source in sources], default=0)
+        if largest > PROGRESS_NEVER and self._threads == 1:
+            return False  # it is written in one go, and looking at it would only take time from that
+        return largest >= _WORTH_FOLLOWING and bool(columns) and self._followers.issuperset(columns)
 
     def _put_in_each(
         self, sources: Sequence[Source], places: Mapping[Peer, _Place], timeout: float, poll: Poll
