@@ -133,7 +133,7 @@ class TestUsage:
             (["run", "--config", "nowhere.toml"], "file 'nowhere.toml' can't be read: No such file"),
             (["run", "--json"], "requires an argument"),
             (["run", "nowhere.jpg"], "nowhere.jpg: no such file or folder"),
-            (["run", "docs"], "docs: no images in this folder"),
+            (["run", "shm"], "shm: no images in this folder"),
             (["run", "--json", "nowhere/out.json"], "nowhere/out.json: there is no folder nowhere"),
             (["run", "--json", "docs"], "docs is a folder"),
             (["run", "--output", "out.pt"], "out.pt: its name must end in .safetensors or .npz"),
