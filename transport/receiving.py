@@ -84,6 +84,7 @@ class Receiver:
                         message = self._take_one(waiting, take, stage)
                     except Timeout as error:  # its sender stopped in mid-step, which holds up no other
                         stalled[waiting.link] = error
+                        continue
                     if message is not None:
                         return message
                 elif self._written:

@@ -347,6 +347,25 @@ def test_who_stops_while_it_writes_holds_up_nobody_else(address: str) -> None:
         assert near.receive().body == {"after": 1}
 
 
+def test_who_stops_while_a_stage_follows_holds_up_nobody_else(address: str) -> None:
+    source = InSteps(noise(LARGE))
+    with (
+        transport.listen(address, name="near", config=config()) as near,
+        joined(near, "front", config()) as front,
+        joined(near, "other", config()) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        exchanged((front, near), {"x": noise(LARGE)}, Elsewhere())
+        sending = pool.submit(send_source, front, source)
+        with pytest.raises(transport.Timeout, match="front.*stopped while filling"):
+            near.receive(timeout=0.2, stage=Elsewhere())
+        other.send({"n": 1})
+        assert near.receive(stage=Elsewhere()).body == {"n": 1}
+        source.go_on.set()
+        sending.result(WAIT)
+        assert same(near.receive(stage=Elsewhere()).body["x"], noise(LARGE))
+
+
 def test_an_event_loop_goes_on_while_a_message_is_being_written(address: str) -> None:
     source = InSteps(noise(LARGE))
 
