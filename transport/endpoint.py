@@ -388,6 +388,9 @@ class Endpoint:
             if receiver.queue:
                 return receiver.take(type_, copy=copy, stage=stage, patience=patience)
             return None
+        except Timeout:  # of what came before; what comes from others is to be seen next time
+            exchange.pump(taking=True)
+            raise
         finally:
             exchange.wake_if_left()
 
