@@ -322,14 +322,24 @@ def test_what_was_sent_is_kept_by_nobody_though_it_is_not_acknowledged(address: 
         assert same(near.receive().body["x"], noise(LARGE).numpy())
 
 
-def test_who_stops_while_it_writes_holds_up_nobody_else(address: str) -> None:
-    source = InSteps(noise(LARGE))
+Three = tuple[transport.Endpoint, transport.Endpoint, transport.Endpoint]
+
+
+@pytest.fixture
+def three(address: str) -> Iterator[Three]:
+    """A receiver, and two that send to it."""
     with (
         transport.listen(address, name="near", config=config()) as near,
         joined(near, "front", config()) as front,
         joined(near, "other", config()) as other,
-        ThreadPoolExecutor(1) as pool,
     ):
+        yield near, front, other
+
+
+def test_who_stops_while_it_writes_holds_up_nobody_else(three: Three) -> None:
+    source = InSteps(noise(LARGE))
+    near, front, other = three
+    with ThreadPoolExecutor(1) as pool:
         for sender in (front, other):
             exchanged((sender, near), {"x": noise(LARGE)}, None)
         sending = pool.submit(send_source, front, source)
@@ -347,14 +357,10 @@ def test_who_stops_while_it_writes_holds_up_nobody_else(address: str) -> None:
         assert near.receive().body == {"after": 1}
 
 
-def test_who_stops_while_a_stage_follows_holds_up_nobody_else(address: str) -> None:
+def test_who_stops_while_a_stage_follows_holds_up_nobody_else(three: Three) -> None:
     source = InSteps(noise(LARGE))
-    with (
-        transport.listen(address, name="near", config=config()) as near,
-        joined(near, "front", config()) as front,
-        joined(near, "other", config()) as other,
-        ThreadPoolExecutor(1) as pool,
-    ):
+    near, front, other = three
+    with ThreadPoolExecutor(1) as pool:
         exchanged((front, near), {"x": noise(LARGE)}, Elsewhere())
         sending = pool.submit(send_source, front, source)
         with pytest.raises(transport.Timeout, match="front.*stopped while filling"):
