@@ -43,7 +43,9 @@ class TransportConfig:
     max_readers: int = _option(64, "processes that may map the ring at a time", least=1, most=64)
     detour_bytes: int = _option(64 << 20, "unacknowledged bytes for one peer outside the ring", least=1 << 16)
     tcp_window: int = _option(
-        256 << 20, "tcp: bytes that one peer may send before they are taken here", least=1 << 16
+        256 << 20,
+        "tcp: bytes for one peer that it has not acknowledged, and from one that are not taken here",
+        least=1 << 16,
     )
     tcp_port: int = _option(0, "tcp: port for the bytes beside the messages; 0: any", least=0, most=65535)
     tcp_timeout: float = _option(20.0, "tcp: a host that acknowledges nothing for so long is gone", above=0.0)

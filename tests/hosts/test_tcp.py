@@ -77,7 +77,7 @@ def test_a_narrow_cable_lets_small_messages_pass_large_ones() -> None:
 
 @pytest.mark.parametrize("backend", ["tcp", "auto"])
 def test_the_payload_for_two_peers_of_a_host_crosses_the_cable_once(backend: str) -> None:
-    """As the cable counts it; with the first message, before they know each other, it crosses twice."""
+    """As the cable counts it; the first may be there before they know each other, and crosses twice then."""
     count, nbytes = 10, 4 * MIB
     with two_hosts() as (head, far):
         address = f"tcp://{head.address}:29550"
@@ -92,8 +92,9 @@ def test_the_payload_for_two_peers_of_a_host_crosses_the_cable_once(backend: str
         ):
             outcome = told(here)
         assert outcome["right"]
-        assert outcome["bulk"]["crossed once"] == count - 1
-        assert count + 1 < received(far) / nbytes < count + 2
+        crossed = outcome["bulk"]["crossed once"]
+        assert crossed in (count - 1, count)
+        assert 2 * count - crossed < received(far) / nbytes < 2 * count - crossed + 1
 
 
 def received(host: Host) -> int:

@@ -26,26 +26,37 @@ NAMES = ("first", "second", "third")
 
 
 @contextmanager
-def three(**changes: Any) -> Iterator[tuple[transport.Endpoint, list[Pumped], Any]]:
-    """A sender, three peers that share memory with each other (and tell by `tcp` alone), a proxy between."""
-    options = {"ring_bytes": 32 * MIB, **changes}
+def three(
+    *, window: int = 32 * MIB, met: bool = True, **changes: Any
+) -> Iterator[tuple[transport.Endpoint, list[Pumped], Any]]:
+    """A sender, three peers that share memory with each other (and tell by `tcp` alone), a proxy between.
+
+    window: that of the peers. met: they were sent something together.
+    """
+    options = {"ring_bytes": 32 * MIB, "tcp_window": 32 * MIB, **changes}
     with ExitStack() as stack:
         front = stack.enter_context(transport.listen(ADDRESS, config=config(**options)))
         proxy = stack.enter_context(proxied(front))
         peers = []
         for name in NAMES:
-            peers.append(Pumped(stack.enter_context(joined(front, name, config(**options)))))
+            fields = {**options, "tcp_window": window}
+            peers.append(Pumped(stack.enter_context(joined(front, name, config(**fields)))))
             stack.callback(peers[-1].stop)
-        send(front, peers, 0)
-        until(
-            lambda: statistics(front)["neighbours"] == len(NAMES)
-        )  # every one after the first, by each before
+        if met:
+            send(front, peers, 0)
+            until(lambda: statistics(front)["neighbours"] == len(NAMES) - 1)  # of the first, each
         yield front, peers, proxy
 
 
-def send(front: transport.Endpoint, peers: Sequence[Pumped], seed: int, nbytes: int = 2 * MIB) -> None:
+def send(
+    front: transport.Endpoint,
+    peers: Sequence[Pumped],
+    seed: int,
+    nbytes: int = 2 * MIB,
+    to: Sequence[str] = NAMES,
+) -> None:
     """One message to all, which all get right."""
-    front.send({"value": noise(nbytes, seed)}, to=NAMES)
+    front.send({"value": noise(nbytes, seed)}, to=to)
     for peer in peers:
         assert same(peer.next().body["value"], noise(nbytes, seed))
 
@@ -59,6 +70,11 @@ def read(peers: Sequence[Pumped]) -> list[int]:
     return [statistics(peer.endpoint)["read at a neighbour"] for peer in peers]
 
 
+def read_since(before: Sequence[int], peers: Sequence[Pumped]) -> list[int]:
+    """The same, less what they had read before."""
+    return [now - then for now, then in zip(read(peers), before, strict=True)]
+
+
 def emptied(front: transport.Endpoint, peers: Sequence[Pumped]) -> None:
     """Nothing is kept for anybody."""
     until(lambda: bool(front.peers) and not any(used(end) for end in (front, *(p.endpoint for p in peers))))
@@ -66,22 +82,23 @@ def emptied(front: transport.Endpoint, peers: Sequence[Pumped]) -> None:
 
 def test_the_payload_crosses_once_and_the_others_read_it_there() -> None:
     with three() as (front, peers, _):
-        before = statistics(front)["sent bytes"]
+        before, had_read = statistics(front)["sent bytes"], read(peers)
         for seed in range(1, 5):
             send(front, peers, seed)
         after = statistics(front)["sent bytes"]
         assert after["first"] - before["first"] > 4 * 2 * MIB
         for name in NAMES[1:]:
             assert after[name] - before[name] < 10_000
-        assert read(peers) == [0, 4, 4]
+        assert read_since(had_read, peers) == [0, 4, 4]
         emptied(front, peers)
 
 
 def test_what_is_small_goes_to_each_by_itself() -> None:
     with three() as (front, peers, _):
+        crossed, had_read = statistics(front)["crossed once"], read(peers)
         send(front, peers, 1, 100_000)
-        assert statistics(front)["crossed once"] == 0
-        assert read(peers) == [0, 0, 0]
+        assert statistics(front)["crossed once"] == crossed
+        assert read_since(had_read, peers) == [0, 0, 0]
 
 
 def test_a_connection_that_is_cut_again_and_again_loses_nothing() -> None:
@@ -100,48 +117,80 @@ def test_views_outlive_the_one_in_whose_ring_they_are() -> None:
         peers[0].endpoint.close()
         until(lambda: len(front.peers) == 2)
         assert same(messages[1].body["value"], noise(2 * MIB, 1))
-        front.send({"value": noise(2 * MIB, 2)}, to=NAMES[1:])
-        for peer in peers[1:]:
-            assert same(peer.next().body["value"], noise(2 * MIB, 2))
-        assert read(peers[1:]) == [1, 2]  # the second is the one now
+        seed = 2
+        while statistics(front)["neighbours"] == 0 and seed < 100:  # until their connections are there again
+            send(front, peers[1:], seed, to=NAMES[1:])
+            seed += 1
+        had_read = read(peers)
+        send(front, peers[1:], seed, to=NAMES[1:])
+        assert read_since(had_read, peers)[1:] == [0, 1]  # the second is the one now
 
 
 def test_who_holds_its_share_of_a_neighbours_ring_gets_the_next_ones_itself() -> None:
     with three(ring_bytes=16 * MIB) as (front, peers, _):
-        held = []
+        held, had_read = [], read(peers)
         for seed in range(1, 6):  # of 2 MiB, where a peer may hold 8
             front.send({"value": noise(2 * MIB, seed)}, to=NAMES)
             peers[0].next()
             held += [peer.next() for peer in peers[1:]]
         values = [message.body["value"] for message in held]
         assert all(same(value, noise(2 * MIB, 1 + number // 2)) for number, value in enumerate(values))
-        assert 0 < read(peers)[1] < 5
+        assert 0 < read_since(had_read, peers)[1] < 5
         del held, values
         emptied(front, peers)
 
 
+def fill_window(front: transport.Endpoint, first: Pumped) -> list[int]:
+    """More for the first than its window of 4 MiB, while nobody takes anything there; the seeds."""
+    first.stop()
+    for seed in range(4):
+        front.send({"value": noise(1_300_000, seed)}, to="first")
+    return list(range(4))
+
+
+def taken_up_again(peer: Pumped, seeds: Sequence[int]) -> Pumped:
+    """Who was stopped goes on, and finds what was sent meanwhile."""
+    again = Pumped(peer.endpoint)
+    for seed in seeds:
+        assert same(again.next().body["value"], noise(1_300_000, seed))
+    return again
+
+
 def test_a_leader_that_takes_nothing_does_not_keep_the_others_waiting() -> None:
-    with three(tcp_window=4 * MIB) as (front, peers, _):
-        first = peers[0]
-        first.stop()
-        for seed in range(4):  # more than its window, and nobody takes anything
-            front.try_send({"value": noise(1_300_000, seed)}, to="first")
+    with three(window=4 * MIB) as (front, peers, _):
+        had_read = read(peers)
+        waiting = fill_window(front, peers[0])
         front.send({"value": noise(2 * MIB, 99)}, to=NAMES[:2])
         assert same(peers[1].next().body["value"], noise(2 * MIB, 99))
-        assert read(peers)[1] == 0
+        assert read_since(had_read, peers)[1] == 0
         crossed = statistics(front)["crossed once"]
         front.send({"value": noise(2 * MIB, 98)}, to=NAMES[:2])  # nor does the next one wait for it
         assert same(peers[1].next().body["value"], noise(2 * MIB, 98))
         assert statistics(front)["crossed once"] == crossed
-        again = Pumped(first.endpoint)
-        for seed in range(4):
-            assert same(again.next().body["value"], noise(1_300_000, seed))
+        again = taken_up_again(peers[0], waiting)
         for seed in (99, 98):
             assert same(again.next().body["value"], noise(2 * MIB, seed))
-        front.send({"value": noise(2 * MIB, 97)}, to=NAMES[:2])
-        for peer in (again, peers[1]):
-            assert same(peer.next().body["value"], noise(2 * MIB, 97))
-        assert read(peers)[1] == 1
+        send(front, [again, peers[1]], 97, to=NAMES[:2])
+        assert read_since(had_read, peers)[1] == 1
+        again.stop()
+
+
+def test_the_first_payload_waits_for_the_proof_and_crosses_once() -> None:
+    with three(window=4 * MIB, met=False) as (front, peers, _):
+        for name, peer in zip(NAMES, peers, strict=True):
+            front.send({"value": noise(MIB, 7)}, to=name)
+            assert same(peer.next().body["value"], noise(MIB, 7))
+        waiting = fill_window(front, peers[0])
+        assert statistics(front)["neighbours"] == 0
+        before = statistics(front)["sent bytes"]
+        front.send({"value": noise(2 * MIB, 99)}, to=NAMES)
+        until(lambda: statistics(front)["neighbours"] == len(NAMES) - 1)
+        again = taken_up_again(peers[0], waiting)
+        for peer in (again, *peers[1:]):
+            assert same(peer.next().body["value"], noise(2 * MIB, 99))
+        after = statistics(front)["sent bytes"]
+        assert all(after[name] - before[name] < 10_000 for name in NAMES[1:])
+        assert read(peers) == [0, 1, 1]
         again.stop()
 
 
@@ -159,6 +208,28 @@ def test_those_who_share_no_memory_each_get_it() -> None:
             assert front.receive().body == digest(noise(2 * MIB, seed))
         assert statistics(front)["neighbours"] == statistics(front)["crossed once"] == 0
         here.stop()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another /dev/shm needs root")
+def test_who_turns_out_to_share_no_memory_waits_for_the_first_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("transport.bulk.crossing._PATIENCE", 1000.0)
+    options = {"ring_bytes": 32 * MIB, "tcp_window": 32 * MIB}
+    with (
+        transport.listen(ADDRESS, config=config(**options)) as front,
+        joined(front, "first", config(**{**options, "tcp_window": 4 * MIB})) as endpoint,
+        elsewhere(front, "there", options),
+    ):
+        first = Pumped(endpoint)
+        front.send({"value": noise(MIB, 7)}, to="first")  # the bulk connection is there
+        assert same(first.next().body["value"], noise(MIB, 7))
+        waiting = fill_window(front, first)
+        front.send({"do": "sum", "value": noise(2 * MIB, 99)}, to=["first", "there"])
+        assert front.receive().body == digest(noise(2 * MIB, 99))  # though the first takes nothing
+        again = taken_up_again(first, waiting)
+        assert same(again.next().body["value"], noise(2 * MIB, 99))
+        again.stop()
 
 
 class TestLodging:

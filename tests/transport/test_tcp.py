@@ -299,11 +299,28 @@ class TestLimits:
     def test_a_peer_that_does_not_receive_bounds_both_sides_and_is_named(self) -> None:
         with pair(tcp_window=2 * MIB, inline_below=0) as (front, near, _):
             near.stop()
-            with pytest.raises(Full, match="near says: .* were granted and not taken") as caught:
+            why = r"near has \d+ bytes unacknowledged; 500000 bytes more would exceed tcp_window"
+            with pytest.raises(Full, match=why) as caught:
                 repeated(partial(front.send, {"value": noise(500_000)}, to="near", timeout=0.3))
             assert list(caught.value.failed) == ["near"]
             assert used(near.endpoint) <= 2 * MIB
-            assert used(front) <= front.config.ring_bytes * front.config.peer_share
+            assert used(front) <= 2 * MIB
+            near = Pumped(near.endpoint)  # nothing is lost
+            for _ in range(4):
+                assert same(near.next().body["value"], noise(500_000))
+            near.stop()
+
+    def test_a_window_that_is_smaller_at_the_receiver_is_told(self) -> None:
+        with (
+            transport.listen(ADDRESS, config=config(inline_below=0)) as front,
+            joined(front, "near", config(tcp_window=MIB)) as endpoint,
+        ):
+            near = Pumped(endpoint)
+            warm_up(front, near)
+            near.stop()
+            with pytest.raises(Full, match="near says: .* were granted and not taken"):
+                repeated(partial(front.send, {"value": noise(500_000)}, to="near", timeout=0.3))
+            assert used(endpoint) <= MIB
 
     def test_leases_held_bound_what_lands_and_others_go_on(self) -> None:
         with pair() as (front, near, _), joined(front, "other", config()) as third:

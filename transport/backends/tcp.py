@@ -104,7 +104,10 @@ class TcpOutbound(Outbound):
         neighbours = Neighbours(Host(self.ring), Guest(config))
         self.hub = Hub(config, Landing(config, self._land), neighbours)
         self._budget = budget or Budget(config.detour_bytes)
-        self._share = Budget(int(config.ring_bytes * config.peer_share), "a peer's share of the ring")
+        share, window = int(config.ring_bytes * config.peer_share), config.tcp_window
+        self._unacknowledged = (
+            Budget(share, "a peer's share of the ring") if share < window else Budget(window, "tcp_window")
+        )
         self._asked: set[Peer] = set()
         self._refused: dict[Peer, str] = {}
         self._detours = self._tensors = self._nbytes = 0
@@ -188,6 +191,7 @@ class TcpOutbound(Outbound):
 
     def limit(self, peer: Peer) -> int:
         most = self.ring.most() if self.ring.can_be() else max(1, self.config.detour_bytes // 2)
+        most = min(most, self._unacknowledged.limit)
         channel = self.hub.channel(peer)
         return min(most, channel.limit) if channel is not None and channel.limit else most
 
@@ -205,7 +209,7 @@ class TcpOutbound(Outbound):
         channels = self._channels(readers, timeout, poll)
         left = max(0.0, deadline - time.monotonic())
         wanted = [source for source in sources if source.nbytes]
-        with _told_why(channels), self._share.taken_for(readers, nbytes, timeout=left, poll=poll):
+        with _told_why(channels), self._unacknowledged.taken_for(readers, nbytes, timeout=left, poll=poll):
             cargo, unwritten, beside = self._loaded(wanted, readers, deadline, poll)
             # Begun before it is written: what is written is sent while the rest is still being copied.
             outgoings = self.hub.start(list(channels.values()), cargo)
@@ -270,7 +274,7 @@ class TcpOutbound(Outbound):
         return [np.empty(size, np.uint8) for size in sizes], total
 
     def _give(self, nbytes: int, beside: int, reader: Peer) -> None:
-        self._share.give(reader, nbytes)
+        self._unacknowledged.give(reader, nbytes)
         self._budget.give(reader, beside)
 
     def _land(self, sizes: Sequence[int]) -> list[Bytes]:

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from transport.backends.base import Peer
 from transport.bulk.frames import Frame, Kind
+from transport.bulk.lodging import MOST_NEIGHBOURS
 from transport.bulk.transfer import Outgoing
 
 WORTH_SHARING = 256 << 10  # bytes; less is there sooner by itself
@@ -54,7 +55,8 @@ class Line(Protocol):
 class Crossing:
     """One transfer to a leader and the followers that wait for it.
 
-    doubt: called with the channels of a leader and of a follower that found nothing in its ring.
+    doubt: called with the channels of a leader and of a follower that found nothing in its ring. crossed:
+    whether somebody was told to read it there.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Crossing:
         doubt: Callable[[Line, Line], object],
     ) -> None:
         self._doubt = doubt
+        self.crossed = False
         self.followers = {outgoing: follower for follower, outgoing in followers}
         self._channel = channel
         self._leader = leader
@@ -91,6 +94,7 @@ class Crossing:
             if not outgoing.behind:
                 continue
             if places:
+                self.crossed = True
                 channel.place(outgoing, self._channel.peer.link, places)
             else:
                 channel.send_directly(outgoing)
@@ -103,6 +107,13 @@ class Crossing:
         """A follower did not find it where it was said to be: it may have to be introduced again."""
         if outgoing in self.followers:
             self._doubt(self._channel, self.followers[outgoing])
+
+    def do_without(self, leader: Line, follower: Line) -> None:
+        """A follower does not read the leader's ring: if that is what it waits for, it is sent its own."""
+        if leader is self._channel:
+            for outgoing, channel in list(self.followers.items()):
+                if channel is follower and outgoing.behind:
+                    channel.send_directly(outgoing)
 
     def awaits(self, outgoing: Outgoing) -> bool:
         """Whether others wait for this one to land."""
@@ -134,25 +145,35 @@ class Crossing:
 
 
 class Introductions:
-    """Which peers of this sender read which others' rings, by proof, and how they come to do so."""
+    """Which peers of this sender read which others' rings, by proof, and how they come to do so.
 
-    def __init__(self) -> None:
+    refused: called with leader and follower when there is no proof.
+    """
+
+    def __init__(self, refused: Callable[[Line, Line], object]) -> None:
+        self._refused = refused
         self._pairs: dict[tuple[Line, Line], bool | None] = {}  # leader, follower; None: asked
         self._unsaid: list[tuple[Line, Frame]] = []  # for want of a connection
 
     def plan(
         self, transfers: Sequence[tuple[Line, Outgoing]], nbytes: int
     ) -> tuple[list[Crossing], list[tuple[Line, Line]]]:
-        """Who waits for whom, and whom to introduce to whom, for the next time. For any thread."""
+        """Who waits for whom, and whom to introduce to whom. For any thread.
+
+        Who was never introduced waits as well, since the proof is there before much of a large payload is.
+        For a proof that was asked for by an earlier payload nobody waits: it may never come.
+        """
         hosts: list[list[tuple[Line, Outgoing]]] = []
         unknown: list[tuple[Line, Line]] = []
         for transfer in transfers if nbytes >= WORTH_SHARING else ():
             for host in hosts:
+                if len(host) > MOST_NEIGHBOURS:
+                    continue
                 leader, follower = host[0][0], transfer[0]
                 reads = self._pairs.get((leader, follower), _UNKNOWN)
                 if reads is _UNKNOWN:
                     unknown.append((leader, follower))
-                elif reads and not leader.slow:
+                if reads and not leader.slow:
                     host.append(transfer)
                     break
             else:
@@ -166,6 +187,8 @@ class Introductions:
             return
         if leader.post(Frame(Kind.INVITE, follower.peer.link), follower.peer.name.encode()):
             self._pairs[leader, follower] = None
+        else:
+            self._refused(leader, follower)  # for now: the next payload asks again
 
     def take(self, channel: Line, frame: Frame, body: bytes) -> None:
         """An answer of a leader or a follower."""
@@ -189,6 +212,8 @@ class Introductions:
             self.doubt(leader, follower)
         elif not body and frame.kind is not Kind.ADMITTED:  # it has nothing to offer, or no proof
             self._pairs[leader, follower] = False
+        if self._pairs.get((leader, follower), False) is False:
+            self._refused(leader, follower)
 
     def lost(self, channel: Line) -> None:
         """A connection was lost, and maybe an answer with it: ask again another time."""

@@ -22,21 +22,30 @@ class Neighbours:
     """For the thread of a hub. opened: transfers that were read in a neighbour's ring here."""
 
     def __init__(self, host: Host, guest: Guest) -> None:
-        self.introductions = Introductions()
+        self.introductions = Introductions(self._do_without)
         self.host = host
         self.guest = guest
-        self.opened = self.crossed = 0
+        self.opened = self._crossed = 0
         self._crossings: list[Crossing] = []
 
     def begin(self, crossing: Crossing) -> None:
         """Look after it until nobody waits."""
         self._crossings.append(crossing)
-        self.crossed += 1
+
+    @property
+    def crossed(self) -> int:
+        """Transfers of this sender that others were told to read at their neighbour. In any thread."""
+        return self._crossed + sum(crossing.crossed for crossing in list(self._crossings))
+
+    def _do_without(self, leader: Line, follower: Line) -> None:
+        for crossing in self._crossings:
+            crossing.do_without(leader, follower)
 
     def look(self, now: float) -> list[float]:
         """Do without leaders that take nothing; in how many seconds to look again."""
         for crossing in self._crossings:
             crossing.look(now)
+        self._crossed += sum(crossing.crossed for crossing in self._crossings if crossing.over)
         self._crossings = [crossing for crossing in self._crossings if not crossing.over]
         return [0.25] if self._crossings else []
 
