@@ -6,6 +6,7 @@ A long one can be run in slices: ``--rows`` and ``--layouts`` choose rows, ``--j
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from bench import (
     table,
     tcp,
     tensor_parallel,
+    vllm_hops,
 )
 from bench.harness import Result, Row, run
 
@@ -43,6 +45,7 @@ BENCHMARKS = {
     "scale": scale.BENCHMARK,
     "tcp": tcp.BENCHMARK,
     "sockets": sockets.BENCHMARK,
+    "vllm": vllm_hops.BENCHMARK,
 }
 
 _OLD = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -78,7 +81,7 @@ def main(
     figures: Path | None,
     quick: bool,
 ) -> None:
-    """Run one benchmark; status 1 if any row failed."""
+    """Run one benchmark; status 1 if any row failed or rows contradict each other."""
     console = _console()
     if name is None:
         _list(console)
@@ -86,6 +89,8 @@ def main(
     benchmark = BENCHMARKS[name]
     every = benchmark.rows(quick)
     rows = _chosen(_chosen(every, "column", columns), "layout", layouts)
+    chosen = {row.name: row for row in rows}
+    every = [chosen.get(row.name, row) for row in every]
     rounds = (3 if quick else 7) if rounds is None else rounds
     surroundings = {**machine.describe(), "rounds": str(rounds)}
     if quick:
@@ -108,7 +113,7 @@ def main(
         good = [result for result in results if result.failure is None]
         for drawn in benchmark.draw(good, figures, _caption(surroundings, good)):
             console.print(f"wrote {drawn}")
-    sys.exit(1 if report.failures(results) else 0)
+    sys.exit(1 if report.failures(results) or benchmark.wrong(results) else 0)
 
 
 def _merged(measured: Sequence[Sequence[Result]], every: Sequence[Row]) -> list[Result]:
@@ -132,15 +137,31 @@ def _list(console: Console) -> None:
 
 
 def _chosen(rows: Sequence[Row], key: str, names: str | None) -> Sequence[Row]:
-    """The rows whose argument `key` is one of `names`, or all of them."""
+    """The rows whose argument `key` is one of `names`, or all of them. A row that measures several one after
+    the other has a list of them, named `key` + "s", and keeps those that are chosen.
+    """
     if names is None:
         return rows
     wanted = {word.strip() for word in names.split(",")}
-    there = {str(row.arguments.get(key)) for row in rows}
+    there = {name for row in rows for name in _several(row, key)}
     if wanted - there:
         unknown, known = (", ".join(sorted(each)) for each in (wanted - there, there))
         raise click.UsageError(f"{unknown}: there is only {known}")
-    return [row for row in rows if str(row.arguments.get(key)) in wanted]
+    kept = [(row, [name for name in _several(row, key) if name in wanted]) for row in rows]
+    return [
+        dataclasses.replace(row, arguments={**row.arguments, f"{key}s": some})
+        if f"{key}s" in row.arguments
+        else row
+        for row, some in kept
+        if some
+    ]
+
+
+def _several(row: Row, key: str) -> list[str]:
+    """The value of an argument, or those of the argument that lists several."""
+    several = row.arguments.get(f"{key}s")
+    one = row.arguments.get(key)
+    return [str(each) for each in several] if isinstance(several, list | tuple) else [str(one)]
 
 
 if __name__ == "__main__":

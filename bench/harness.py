@@ -142,7 +142,8 @@ def _run_once(row: Row, *, round_: int, position: int) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="tfbench.") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         children = [stack.enter_context(_started(row, role, folder)) for role in row.parts]
-        sampler = stack.enter_context(_sampler(children, folder)) if row.sample_memory else None
+        pids = [child.process.pid for child in children]
+        sampler = stack.enter_context(sampling(pids, folder)) if row.sample_memory else None
         failure = _wait(children, limit=row.limit)
         values: Mapping[str, Json] = {}
         if failure is None:
@@ -264,7 +265,7 @@ def _wait(children: Sequence[_Child], *, limit: float) -> str | None:
     return "; ".join(reasons) or None
 
 
-class _Sampler:
+class Sampler:
     """The memory sampler's process; closing its standard input ends it."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
@@ -280,13 +281,13 @@ class _Sampler:
 
 
 @contextlib.contextmanager
-def _sampler(children: Sequence[_Child], folder: Path) -> Iterator[_Sampler]:
-    pids = [str(child.process.pid) for child in children]
-    command = [sys.executable, "-m", "bench.sampler", str(folder), *pids]
+def sampling(pids: Sequence[int], folder: Path, *flags: str) -> Iterator[Sampler]:
+    """Memory of these processes and their descendants is sampled meanwhile (`bench/sampler.py`)."""
+    command = [sys.executable, "-m", "bench.sampler", *flags, str(folder), *map(str, pids)]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         try:
-            yield _Sampler(process)
+            yield Sampler(process)
         finally:
             process.kill()

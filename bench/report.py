@@ -42,6 +42,7 @@ class Benchmark:
     """What `python -m bench NAME` runs: `rows(quick)` are measured, `show(results)` makes tables of them.
 
     `draw(results, folder, caption)` makes pictures, with the caption in small print, and returns their files.
+    `wrong(results)`: a line for whatever good rows contradict each other in; as bad as a row that failed.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Benchmark:
     rows: Callable[[bool], Sequence[Row]]
     show: Callable[[Sequence[Result]], Sequence[Grid]]
     draw: Callable[[Sequence[Result], Path, str], Sequence[Path]] | None = None
+    wrong: Callable[[Sequence[Result]], Sequence[str]] = lambda _: ()
 
 
 def figure(spread: Spread, *, digits: int = 3) -> str:
@@ -144,7 +146,7 @@ def show(
         console.print()
     for line in lacking(results):
         console.print(escape(line), style="yellow")
-    for line in failures(results):
+    for line in [*failures(results), *benchmark.wrong(results)]:
         console.print(escape(line), style="red")
 
 
@@ -198,6 +200,7 @@ def write_json(
         "machine": machine,
         "tables": [asdict(grid) for grid in benchmark.show(results)],
         "failures": failures(results),
+        "wrong": list(benchmark.wrong(results)),
         "lacking": lacking(results),
         "rows": [_raw(result) for result in results],
     }

@@ -1,4 +1,4 @@
-"""Samples the memory of a process tree from outside: `python -m bench.sampler FOLDER PID…`.
+"""Samples the memory of a process tree from outside: `python -m bench.sampler [--mixed] FOLDER PID…`.
 
 It goes on until its standard input closes and prints everything as JSON then. For each sample it appends a
 byte to a file in FOLDER, so that a part can hold a state until it has been seen (`wait_for_samples`).
@@ -10,10 +10,11 @@ One sample is a sum over the processes given and their descendants:
 - `shared`: the bytes allocated (st_blocks) to the files in /dev/shm that any of these processes maps, or,
   where they map none, the sum of Pss_Shmem. Allocated pages that nobody has touched yet are in no PSS but
   are memory all the same, and the PSS of several processes, read one after the other while pages are being
-  mapped, counts some twice: so the files, where there are any. Not for rows that share both kinds at once.
+  mapped, counts some twice: so the files, where there are any. For rows that share both kinds at once
+  (vLLM's: files without a name, memory pinned by CUDA) there is `--mixed`: whichever is more.
 
 Not counted: socket buffers in the kernel (zmq over ipc keeps at most a few hundred KiB there) and the
-sampler itself.
+sampler itself, whoever started it.
 """
 
 from __future__ import annotations
@@ -88,12 +89,13 @@ def _mapped(pids: Sequence[int]) -> set[str]:
     return names
 
 
-def sample(pids: Sequence[int], segments: Segments) -> tuple[float, int, int, int]:
+def sample(pids: Sequence[int], segments: Segments, *, mixed: bool = False) -> tuple[float, int, int, int]:
     """One sample, in the order of `COLUMNS`."""
-    members = list(tree(pids))
+    members = [pid for pid in tree(pids) if pid != os.getpid()]
     parts = [proportional(pid) for pid in members]
     anon, file, shmem = (sum(column) for column in zip(*parts, strict=True))
-    return time.monotonic(), anon, file, segments.allocated(members) or shmem
+    named = segments.allocated(members)
+    return time.monotonic(), anon, file, max(named, shmem) if mixed else named or shmem
 
 
 def wait_for_samples(folder: Path, count: int, *, timeout: float) -> None:
@@ -108,18 +110,20 @@ def wait_for_samples(folder: Path, count: int, *, timeout: float) -> None:
         time.sleep(INTERVAL)
 
 
-def main(folder: Path, pids: Sequence[int]) -> None:
+def main(folder: Path, pids: Sequence[int], *, mixed: bool) -> None:
     """Sample until standard input closes, then print everything as JSON."""
     with folder.joinpath(_TAKEN).open("wb", buffering=0) as taken:
-        samples = _sample_until_closed(pids, taken)
+        samples = _sample_until_closed(pids, taken, mixed=mixed)
     json.dump({"interval": INTERVAL, "columns": COLUMNS, "samples": samples}, sys.stdout)
 
 
-def _sample_until_closed(pids: Sequence[int], taken: IO[bytes]) -> list[tuple[float, int, int, int]]:
+def _sample_until_closed(
+    pids: Sequence[int], taken: IO[bytes], *, mixed: bool
+) -> list[tuple[float, int, int, int]]:
     segments, samples = Segments(), []
     due = time.monotonic()
     while True:
-        samples.append(sample(pids, segments))
+        samples.append(sample(pids, segments, mixed=mixed))
         taken.write(b".")
         due = max(due + INTERVAL, time.monotonic())
         if select.select([sys.stdin], [], [], max(0.0, due - time.monotonic()))[0]:
@@ -127,4 +131,5 @@ def _sample_until_closed(pids: Sequence[int], taken: IO[bytes]) -> list[tuple[fl
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(argument) for argument in sys.argv[2:]])
+    given = [argument for argument in sys.argv[1:] if argument != "--mixed"]
+    main(Path(given[0]), [int(pid) for pid in given[1:]], mixed="--mixed" in sys.argv)

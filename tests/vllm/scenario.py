@@ -13,21 +13,7 @@ import sys
 import time
 from typing import Any
 
-PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
-
-
-def prompts(count: int, images: int, side: int, first: int = 0) -> list[dict[str, Any]]:
-    """Prompts with images of noise, the same for the same numbers."""
-    import numpy as np
-    from PIL import Image
-
-    def image(seed: int) -> Image.Image:
-        return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
-
-    text = f"<|im_start|>user\n{PLACEHOLDER * images}Say.<|im_end|>\n"
-    numbers = range(first, first + count * images)
-    seeds = [numbers[start : start + images] for start in range(0, count * images, images)]
-    return [{"prompt": text, "multi_modal_data": {"image": [image(n) for n in some]}} for some in seeds]
+from bench.hops.asking import answer, prompts, ways
 
 
 def arguments(options: dict[str, Any]) -> dict[str, Any]:
@@ -49,30 +35,6 @@ def arguments(options: dict[str, Any]) -> dict[str, Any]:
         "logprobs_mode": "raw_logits",  # of small weights the probabilities are all alike
         **options,
     }
-
-
-def answer(output: Any) -> list[Any]:
-    """What the model said to a prompt, as exact as floats are."""
-    said = output.outputs[0]
-    return [list(said.token_ids), [sorted((k, v.logprob) for k, v in top.items()) for top in said.logprobs]]
-
-
-def ways() -> dict[str, list[int]]:
-    """Tensors and bytes by hop and way, of all processes that live, here and below."""
-    import psutil
-
-    from engine.vllm.counts import saved
-
-    ours = {os.getpid(), *(process.pid for process in psutil.Process().children(recursive=True))}
-    rows: dict[str, list[int]] = {}
-    for process in saved():
-        if process["pid"] not in ours:
-            continue
-        for hop, how, count, nbytes in process["tensors"]:
-            row = rows.setdefault(f"{process['role']}: {hop}: {how}", [0, 0])
-            row[0] += count
-            row[1] += nbytes
-    return rows
 
 
 def child(name: str) -> int:

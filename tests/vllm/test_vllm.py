@@ -26,7 +26,7 @@ pytestmark = [
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.vllm.model import write_model
+    from bench.hops.model import write_model
 
     folder = tmp_path_factory.mktemp("model")
     write_model(folder)

@@ -9,11 +9,12 @@ PYTHONPATH.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from bench.hops.model import larger_weights
 
 _libraries: list[Any] = []
 _values = torch.empty(0)  # of the layer that is being computed
@@ -77,15 +78,6 @@ def register() -> str:
     return "tensorferry_dry_platform.DryPlatform"
 
 
-def _larger_weights() -> None:
-    """vLLM's dummy weights are so small that biases drown every image."""
-    from vllm.model_executor.model_loader import dummy_loader
-
-    initialize = dummy_loader.initialize_dummy_weights
-    if not isinstance(initialize, functools.partial):
-        dummy_loader.initialize_dummy_weights = functools.partial(initialize, low=-0.2, high=0.2)
-
-
 def _platform() -> type:
     from vllm.platforms.cpu import CpuPlatform
 
@@ -108,7 +100,7 @@ def _platform() -> type:
 
         @classmethod
         def get_attn_backend_cls(cls, *given: Any, **named: Any) -> str:
-            _larger_weights()  # here, since this is called where a model is made, before its weights are
+            larger_weights()  # here, since this is called where a model is made, before its weights are
             backend: str = super().get_attn_backend_cls(*given, **named)
             return backend
 

@@ -1,7 +1,11 @@
-"""A folder with a small model of Qwen2-VL's shape, a byte tokenizer, no weights (`load_format="dummy"`)."""
+"""A folder with a small model of Qwen2-VL's shape, a byte tokenizer, no weights (`load_format="dummy"`).
+
+Shared with tests/vllm.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,9 @@ SPECIAL = (
 
 
 def write_model(folder: Path) -> None:
-    """An image of 280 x 280 pixels becomes 400 patches of 1176 values and 100 tokens."""
+    """An image of 280 x 280 pixels becomes 400 patches of 1176 values and 100 tokens; one of 1000 x 1000,
+    which is made 1008 x 1008, 5184 patches and 1296 tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -27,6 +33,15 @@ def write_model(folder: Path) -> None:
     numbers = {text: int(tokenizer.token_to_id(text) or 0) for text in SPECIAL}
     for name, content in _files(numbers).items():
         (folder / name).write_text(json.dumps(content))
+
+
+def larger_weights() -> None:
+    """For weights not yet made: vLLM's dummy weights are so small that biases drown every image."""
+    from vllm.model_executor.model_loader import dummy_loader
+
+    initialize = dummy_loader.initialize_dummy_weights
+    if not isinstance(initialize, functools.partial):
+        dummy_loader.initialize_dummy_weights = functools.partial(initialize, low=-0.2, high=0.2)
 
 
 def _files(numbers: dict[str, int]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Real vLLM and what images cost between its processes: the inside of `bench vllm`."""
