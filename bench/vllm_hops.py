@@ -33,13 +33,14 @@ Every row starts one vLLM (a model of Qwen2-VL's shape with random weights, no c
 in a step) and gives it each layout, prompts x images of noise, {SIDE} x {SIDE} pixels (5184 x 1176 values:
 12.2 MB in bfloat16, without a GPU 24.4 MB in float32): fresh images each time, the same in every row.
 {REPEATS["sampled"]} times with the memory sampler, which slows vLLM, then {REPEATS["timed"]} times
-without: times are those of the latter. A plugin of the benchmark's own notes the times inside of vLLM's processes.
+without: times are those of the latter. A plugin of the benchmark's own notes them inside of vLLM.
 hop 1    a request from entering _send_input in the front end until it is decoded in its EngineCore,
          summed over the prompts; "all": from the first request's start to the last one's end, with the
          making of the prompts between them; "blocked": in _send_input, where the front end does nothing else.
 hop 2    with worker processes: a message with images from handing it to the executor until the last
          worker has it unpickled, summed; not the time for which a worker was still busy with its last step.
-memory   the highest sum, over all processes, of the proportional set size; shared memory counts once.
+memory   the highest sum, over all processes, of the proportional set size; shared memory counts once;
+         of each round the higher of its repeats.
 mp: one worker process; tp2: tensor parallel, two; dp2: data parallel, two engines under AsyncLLM.
 Figures: median [lowest..highest] of the repeats of all rounds."""
 
@@ -112,8 +113,9 @@ def _of(values: Values, layout: str) -> Values:
 
 
 def _series(result: Result, layout: str, what: str) -> list[float]:
-    """All repeats of all rounds."""
-    return [one for outcome in result.outcomes for one in numbers(_of(outcome.values, layout)[what])]
+    """All repeats of all rounds; of a peak the highest of each round, since the second repeat has more to keep."""
+    rounds = [numbers(_of(outcome.values, layout)[what]) for outcome in result.outcomes]
+    return [max(each) for each in rounds] if what == "peak" else [one for each in rounds for one in each]
 
 
 def _spread(result: Result, layout: str, what: str) -> Spread:

@@ -253,6 +253,27 @@ def test_sampler_counts_shared_pages_once_and_untouched_ones_too() -> None:
     assert before[0] < half[0] < whole[0]
 
 
+def test_sampler_sees_shared_memory_without_a_name_beside_named_when_both_are_mixed() -> None:
+    with (
+        shared_file(8 * MIB) as named,
+        shared_file(32 * MIB) as name,
+        holder(MIB, named, fraction=1) as one,
+        holder(MIB, name, fraction=1) as two,
+    ):
+        for process in (one, two):
+            tell(process, "private")  # it has mapped its file
+        path = Path("/dev/shm", name)
+        path.unlink()  # as torch shares tensors
+        for process in (one, two):
+            tell(process, "shared")
+        pids = [one.pid, two.pid]
+        either = sampler.sample(pids, sampler.Segments())
+        both = sampler.sample(pids, sampler.Segments(), mixed=True)
+        path.touch()  # for the one who removes it
+    assert abs(either[3] - 8 * MIB) <= MIB
+    assert both[3] >= 40 * MIB
+
+
 def test_sampler_survives_processes_that_are_gone() -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
