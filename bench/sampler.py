@@ -73,14 +73,15 @@ class Segments:
             found = {entry.name: entry for entry in entries}
         # Reading the maps of a process with torch costs about a millisecond: only for names not yet known.
         if found.keys() - self._ours:
-            self._ours |= found.keys() & _mapped(pids)
+            self._ours |= found.keys() & mapped(pids)
         for name in found.keys() & self._ours:
             with contextlib.suppress(OSError):
                 total += found[name].stat().st_blocks * 512
         return total
 
 
-def _mapped(pids: Sequence[int]) -> set[str]:
+def mapped(pids: Iterable[int]) -> set[str]:
+    """Names of the files in /dev/shm that any of these processes maps."""
     names: set[str] = set()
     for pid in pids:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/maps") as lines:

@@ -113,7 +113,7 @@ def _of(values: Values, layout: str) -> Values:
 
 
 def _series(result: Result, layout: str, what: str) -> list[float]:
-    """All repeats of all rounds; of a peak the highest of each round, since the second repeat has more to keep."""
+    """All repeats of all rounds; of a peak the highest of each round, since later repeats have more."""
     rounds = [numbers(_of(outcome.values, layout)[what]) for outcome in result.outcomes]
     return [max(each) for each in rounds] if what == "peak" else [one for each in rounds for one in each]
 

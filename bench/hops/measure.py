@@ -160,10 +160,21 @@ def _options(column: str, model: str, device: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _vllm(column: str, model: str, device: str) -> Iterator[Ask]:
-    """A vLLM that answers prompts; ended at the end."""
+    """A vLLM that answers prompts; ended at the end.
+
+    Its workers may end without removing their queues' files, and the harness kills what would do it later.
+    """
     start = _served if parted(column)[1] == "dp2" else _offline
-    with start(_options(column, model, device)) as ask:
-        yield ask
+    files: set[str] = set()
+    try:
+        with start(_options(column, model, device)) as ask:
+            try:
+                yield ask
+            finally:
+                files = sampler.mapped(sampler.tree([os.getpid()]))
+    finally:
+        for name in files:
+            Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def _params() -> Any:

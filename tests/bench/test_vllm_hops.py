@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 
 from bench import report, vllm_hops
 from bench.__main__ import _chosen
-from bench.harness import Outcome, Result, Row, run
+from bench.harness import ROOT, Outcome, Result, Row, run
 from bench.hops import asking, events, hooks, measure
 from bench.part import Json, WrongAnswerError
 from bench.report import FAILED, LACKING
@@ -89,6 +89,9 @@ def test_message_that_did_not_come_to_all_workers_is_no_figure(came: list[events
 # ---------------------------------------------------------------------- the plugin
 
 
+Hook = tuple[str, Callable[..., Any]]
+
+
 class Client:
     """The shape of vLLM's."""
 
@@ -124,9 +127,10 @@ def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_another_plugin_s_work_is_timed_whoever_hooks_first(noted: Path, ours_first: bool) -> None:
     kind = type("Client", (Client,), {"_send_input": Client._send_input, "__init__": Client.__init__})
-    mine, other = (kind, "__init__", hooks._client_made), (kind, "_send_input", copies)
-    for hook in [mine, other] if ours_first else [other, mine]:
-        hooks._wrap(*hook)
+    mine: Hook = ("__init__", hooks._client_made)
+    other: Hook = ("_send_input", copies)
+    for name, around in [mine, other] if ours_first else [other, mine]:
+        hooks._wrap(kind, name, around)
     client = kind()
     request = types.SimpleNamespace(request_id="r-1", mm_features=[types.SimpleNamespace(data=b"")])
     assert client._send_input("ADD", request) == "ADD"
@@ -162,7 +166,7 @@ def test_plugin_is_found_by_its_entry_point_and_does_nothing_unasked() -> None:
         "(point,) = metadata.entry_points(group='vllm.general_plugins', name='tensorferry_hops');"
         "point.load()(); print([name for name in sys.modules if name.split('.')[0] == 'vllm'])"
     )
-    path = os.pathsep.join([str(measure.ROOT), str(measure._PLUGIN)])
+    path = os.pathsep.join([str(ROOT), str(measure._PLUGIN)])
     environ = {**os.environ, "PYTHONPATH": path}
     environ.pop(hooks.FOLDER, None)
     done = subprocess.run(
@@ -204,7 +208,7 @@ def said(prompt: int, logit: float = 0.5) -> Said:
 
 def good(column: str, *, hop: float, peak: float = 1e9, answers: Sequence[Said] | None = None) -> Result:
     """One round of a row: two prompts, the same figures in both layouts; `answers`: to the second."""
-    values = {
+    values: dict[str, Json] = {
         layout: {
             "hop 1": [2 * hop, hop],
             "span": [hop],
