@@ -71,7 +71,7 @@ def _rows(quick: bool) -> list[Row]:
 def _lacking(column: str, device: str) -> str | None:
     ipc, executor = parted(column)
     if importlib.util.find_spec("vllm") is None:
-        return "vllm is not installed: `make test-vllm` makes .venv-vllm, without CUDA"
+        return "vllm is not installed: `make .venv-vllm/installed`, then run with .venv-vllm/bin/python"
     plugin = metadata.entry_points(group="vllm.general_plugins", name="tensorferry")
     if ipc == "tensorferry" and not plugin:
         return "tensorferry's plugin is not there: pip install tensorferry"
