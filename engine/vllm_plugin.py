@@ -20,12 +20,13 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import util
 from typing import Any
 
 import torch
 
 from engine.vllm.roles import Core, Front, Worker
-from engine.vllm.settings import settings_of
+from engine.vllm.settings import settings_of, sweep
 
 _log = logging.getLogger("vllm.tensorferry")
 
@@ -74,6 +75,13 @@ def _hook_front() -> None:
     for client in (SyncMPClient, AsyncMPClient):
         _wrap(client, "_send_input", _client_sends)
     _wrap(LoggingStatLogger, "log", _statistics_logged)
+    _sweep_at_exit()
+
+
+@functools.cache
+def _sweep_at_exit() -> None:
+    """Several API servers are killed by `vllm serve` at its end: their rings go when they are gone."""
+    util.Finalize(None, sweep, exitpriority=-1)  # below 0: after multiprocessing waited for its own
 
 
 def _client_made(original: Callable[..., None], client: Any, *arguments: Any, **named: Any) -> None:
@@ -148,9 +156,10 @@ def _tensors_of(request: Any) -> Iterator[torch.Tensor]:
 
 
 def _statistics_logged(original: Callable[..., Any], logger: Any) -> Any:
+    """vLLM has a logger for each engine; the counters of all engines are said once, and when they grew."""
     result = original(logger)
     for front in _fronts:
-        if (line := front.counts.line()) and not logger.engine_is_idle:
+        if line := front.counts.news():
             _log.info("tensorferry: %s", line)
     return result
 

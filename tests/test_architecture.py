@@ -81,6 +81,7 @@ DOORS_TO_SHM = {
     "engine.top",
     "engine.sweep",
     "engine.doctor",
+    "engine.vllm.settings",
 }
 
 # Beside the standard library.

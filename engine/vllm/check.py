@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any, Literal, NamedTuple
@@ -72,7 +74,8 @@ def _plugin() -> Line:
 def _is_there(point: str) -> bool:
     module, _, path = point.partition(":")
     try:
-        found: Any = importlib.import_module(module)
+        with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to what is standard output as it is imported
+            found: Any = importlib.import_module(module)
         for name in path.split("."):
             found = getattr(found, name)
     except (ImportError, AttributeError):

@@ -28,7 +28,7 @@ class Counts:
         self._others: dict[str, list[tuple[str, str, int, int]]] = {}
         self._lock = threading.Lock()
         self._file = folder() / f"{os.getpid()}.json"
-        self._written = ""
+        self._written = self._said = ""
         self._next = 0.0
         self._published: Counter[Way] = Counter()
 
@@ -59,6 +59,11 @@ class Counts:
     def line(self) -> str:
         """One line for a log; "" when nothing was counted."""
         return ", ".join(f"{hop}: {how} {n} ({size / 1e6:.1f} MB)" for hop, how, n, size in self.total())
+
+    def news(self) -> str:
+        """As `line`, but "" where nothing was counted since the last time."""
+        before, self._said = self._said, self.line()
+        return "" if self._said == before else self._said
 
     def save(self, *, now: bool = False, **more: object) -> None:
         """Write the file if something changed, at most once a second."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import shm
 from transport import TransportConfig
 
 KEY = "tensorferry"
@@ -83,7 +84,8 @@ def core_address(pid: int) -> str:
 
 
 def sweep() -> None:
-    """Remove the sockets that killed processes left: nobody answers there."""
+    """Remove what killed processes left: rings whose writer is dead, and sockets where nobody answers."""
+    shm.sweep()
     for path in folder().glob("*.*"):
         if path.suffix in (".front", ".core"):
             with socket.socket(socket.AF_UNIX) as asked:

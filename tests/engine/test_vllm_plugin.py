@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copyreg
 import logging
+import os
 import sys
 import types
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import shm
 from engine import vllm_plugin
 from engine.vllm import check
 from engine.vllm.roles import Core
+from tests.engine.processes import ROOT, ran
 
 
 def test_without_vllm_nothing_is_hooked_and_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -105,3 +109,35 @@ def test_doctor_says_that_there_is_no_vllm(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(metadata, "version", absent)
     (line,) = check.lines()
     assert (line.status, line.found) == ("problem", "not installed here")
+
+
+_LEAVES_A_CHILD = """
+import multiprocessing, os, signal, sys, time
+import shm
+from engine import vllm_plugin
+
+def ring(address, ready):
+    import torch
+    import transport
+    with transport.listen(address) as front, front.loan((1,), torch.uint8):
+        ready.set()
+        time.sleep(100)
+
+if __name__ == "__main__":
+    vllm_plugin._sweep_at_exit()
+    ready = multiprocessing.get_context("spawn").Event()
+    child = multiprocessing.get_context("spawn").Process(target=ring, args=(sys.argv[1], ready))
+    child.start()
+    assert ready.wait(60)
+    child.kill()
+"""
+
+
+def test_rings_of_killed_children_are_swept_at_the_end(address: str, short_path: Path) -> None:
+    """As `vllm serve` kills its API servers and does not wait for them."""
+    before = shm.names()
+    script = short_path / "leaves.py"
+    script.write_text(_LEAVES_A_CHILD)
+    done = ran([str(script), address], {**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert shm.names() == before
