@@ -13,7 +13,7 @@ JOBS ?= 2
 BENCH ?= table latency scale channel ring memory idle
 ARGS ?=
 
-VLLM := vllm==0.25.1
+VLLM ?= 0.25.1
 
 # Relative, so that a checkout whose path has a space in it works.
 BIN := .venv/bin
@@ -46,7 +46,7 @@ run: .venv/installed ## encode photographs; ARGS="--data-parallel-size 2 my-phot
 test: .venv/installed ## the test suite, without the stress tests; ARGS="-k ring"
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
-test-vllm: .venv-vllm/installed ## the plugin in real vLLM, without a GPU, in an environment of its own
+test-vllm: .venv-vllm/vllm-$(VLLM) ## the plugin in real vLLM, without a GPU, in an environment of its own; VLLM=0.33.0
 	.venv-vllm/bin/python -m pytest tests/vllm $(ARGS)
 
 check: .venv/installed ## lint, format, types
@@ -84,14 +84,15 @@ clean: ## remove what make made
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
 		"$$(.venv-peers/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
 	$(PIP) --python .venv-peers/bin/python install -c $(PINS) -r bench/peers/requirements.txt
-	$(PIP) --python .venv-peers/bin/python install --no-deps $(VLLM)
+	$(PIP) --python .venv-peers/bin/python install --no-deps vllm==$(VLLM)
 	touch $@
 
-# vLLM's wheel without what it requires for CUDA, beside the CPU build of torch.
-.venv-vllm/installed: BIN := .venv-vllm/bin
-.venv-vllm/installed: tests/vllm/requirements.txt pyproject.toml
-	$(PYTHON) -m venv .venv-vllm
+# vLLM's wheel without what it requires for CUDA, beside the CPU build of torch. Another version takes the place of the one there.
+.venv-vllm/vllm-$(VLLM): BIN := .venv-vllm/bin
+.venv-vllm/vllm-$(VLLM): tests/vllm/requirements.txt pyproject.toml
+	test -e $(BIN)/python || $(PYTHON) -m venv .venv-vllm
 	$(INSTALL_TORCH)
-	$(PIP) install --no-deps -r tests/vllm/requirements.txt
+	rm -f .venv-vllm/vllm-*
+	$(PIP) install --no-deps -r tests/vllm/requirements.txt vllm==$(VLLM)
 	$(PIP) install --no-deps -e .
 	touch $@

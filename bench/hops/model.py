@@ -39,9 +39,10 @@ def larger_weights() -> None:
     """For weights not yet made: vLLM's dummy weights are so small that biases drown every image."""
     from vllm.model_executor.model_loader import dummy_loader
 
-    initialize = dummy_loader.initialize_dummy_weights
-    if not isinstance(initialize, functools.partial):
-        dummy_loader.initialize_dummy_weights = functools.partial(initialize, low=-0.2, high=0.2)
+    for name in ("initialize_dummy_weights", "initialize_single_dummy_weight"):  # the latter from 0.33 on
+        initialize = getattr(dummy_loader, name, None)
+        if initialize is not None and not isinstance(initialize, functools.partial):
+            setattr(dummy_loader, name, functools.partial(initialize, low=-0.2, high=0.2))
 
 
 def _files(numbers: dict[str, int]) -> dict[str, Any]:

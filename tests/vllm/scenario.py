@@ -37,6 +37,11 @@ def arguments(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def result(said: list[Any], counted: dict[str, list[int]]) -> str:
+    """The line by which the one who started this program gets what it wants."""
+    return "RESULT " + json.dumps({"said": said, "ways": counted})
+
+
 def child(name: str) -> int:
     """The pid of a living descendant with that in its title."""
     import psutil
@@ -57,7 +62,10 @@ def offline(options: dict[str, Any], batches: list[list[dict[str, Any]]], kill: 
     for batch in batches:
         outputs = llm.generate(batch, SamplingParams(max_tokens=2, temperature=0, logprobs=3), use_tqdm=False)
         said += map(answer, outputs)
-        if kill:
+        if kill == "front":
+            print(result(said, ways()), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif kill:
             os.kill(child(kill), signal.SIGKILL)
             resources = llm.llm_engine.engine_core.resources
             while not resources.engine_dead:  # until vLLM has seen it
@@ -95,17 +103,14 @@ async def served(options: dict[str, Any], batches: list[list[dict[str, Any]]]) -
 def main() -> None:
     given = json.loads(sys.argv[1])
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = given.pop("method", "spawn")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several workers on a small machine
     layout, side = given.pop("layout", [2, 2]), given.pop("side", 280)
-    repeats, same, kill = given.pop("repeats", 2), given.pop("same_images", False), given.pop("kill", "")
+    firsts, kill = given.pop("firsts", [0, 1000]), given.pop("kill", "")
     mode = given.pop("mode", "offline")
-    batches = [
-        prompts(layout[0], layout[1], side, first=0 if same else 1000 * repeat) for repeat in range(repeats)
-    ]
+    batches = [prompts(layout[0], layout[1], side, first) for first in firsts]
     options = arguments(given)
     offline_ = mode == "offline"
     said, counted = offline(options, batches, kill) if offline_ else asyncio.run(served(options, batches))
-    print("RESULT " + json.dumps({"said": said, "ways": counted}), flush=True)
+    print(result(said, counted), flush=True)
 
 
 if __name__ == "__main__":

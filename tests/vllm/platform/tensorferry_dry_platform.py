@@ -38,14 +38,19 @@ def _quick_gelu(out: torch.Tensor, x: torch.Tensor) -> None:
     out.copy_(x * torch.sigmoid(1.702 * x))
 
 
+def _silu_and_mul(out: torch.Tensor, x: torch.Tensor) -> None:
+    gate, up = x.chunk(2, dim=-1)
+    out.copy_(torch.nn.functional.silu(gate) * up)
+
+
 def _zero(*given: Any) -> None:
     given[3].zero_()
 
 
-# Schemas by which vLLM calls its CPU kernels, and what stands in for them.
+# Schemas by which vLLM calls its CPU kernels, and what stands in for them. `m` came with 0.27.
 _KERNELS: dict[str, Callable[..., Any]] = {
     "get_scheduler_metadata(int a, int b, int c, int d, Tensor e, ScalarType f, Tensor g, bool h, int i,"
-    " str j, bool k, Tensor? l) -> Tensor": lambda *_: torch.zeros(1, dtype=torch.int32),
+    " str j, bool k, Tensor? l, str m='') -> Tensor": lambda *_: torch.zeros(1, dtype=torch.int32),
     "cpu_attn_reshape_and_cache(Tensor a, Tensor b, Tensor(c!) c, Tensor(d!) d, Tensor e, str f, float g,"
     " float h, str i) -> ()": _remember,
     "cpu_attention_with_kv_cache(Tensor q, Tensor k, Tensor v, Tensor(o!) o, Tensor e, Tensor f, float g,"
@@ -54,6 +59,8 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "init_cpu_memory_env(int[] a) -> ()": lambda *_: None,
     "compute_slot_mapping_kernel_impl(Tensor a, Tensor b, Tensor c, Tensor(d!) d, int e) -> ()": _zero,
     "gelu_quick(Tensor(o!) o, Tensor x) -> ()": _quick_gelu,
+    "silu_and_mul(Tensor(o!) o, Tensor x) -> ()": _silu_and_mul,  # from 0.27 on
+    "greedy_argmax(Tensor x) -> Tensor": lambda x: x.argmax(-1),  # from 0.33 on
 }
 
 
