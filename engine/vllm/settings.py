@@ -62,12 +62,16 @@ def settings_of(additional_config: object, *, engines: int = 1) -> Settings | No
 
 def folder() -> Path:
     """Where this user's sockets and counters lie, mode 0700. OSError: somebody else's folder is there."""
-    path = Path(tempfile.gettempdir(), f"tensorferry-{os.getuid()}")
+    path = _place()
     path.mkdir(mode=0o700, exist_ok=True)
     seen = path.lstat()
     if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.getuid() or seen.st_mode & 0o077:
         raise OSError(f"{path} must be a folder of this user alone (mode 0700)")
     return path
+
+
+def _place() -> Path:
+    return Path(tempfile.gettempdir(), f"tensorferry-{os.getuid()}")
 
 
 def front_address(vllm_address: str) -> str:
@@ -86,6 +90,8 @@ def core_address(pid: int) -> str:
 def sweep() -> None:
     """Remove what killed processes left: rings whose writer is dead, and sockets where nobody answers."""
     shm.sweep()
+    if not _place().exists():  # none of this user's vLLMs was asked to use rings
+        return
     for path in folder().glob("*.*"):
         if path.suffix in (".front", ".core"):
             with socket.socket(socket.AF_UNIX) as asked:
