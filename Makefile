@@ -96,3 +96,6 @@ clean: ## remove what make made
 	$(PIP) install --no-deps -r tests/vllm/requirements.txt vllm==$(VLLM)
 	$(PIP) install --no-deps -e .
 	touch $@
+
+.venv-vllm/installed: .venv-vllm/vllm-$(VLLM)
+	touch $@
