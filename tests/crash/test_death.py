@@ -236,6 +236,8 @@ def answer(address: str, name: str) -> None:
                 message = endpoint.receive(timeout=WAIT)
             except PeerGone:
                 return
+            except Timeout:  # it was stopped for longer than that
+                continue
             reply = {"id": message.body["id"], "digest": digest(message.body["bytes"])}
             del message
             endpoint.send(reply, to="front")
