@@ -89,9 +89,9 @@ def core_address(pid: int) -> str:
 
 def sweep() -> None:
     """Remove what killed processes left: rings whose writer is dead, and sockets where nobody answers."""
-    shm.sweep()
     if not _place().exists():  # none of this user's vLLMs was asked to use rings
         return
+    shm.sweep()
     for path in folder().glob("*.*"):
         if path.suffix in (".front", ".core"):
             with socket.socket(socket.AF_UNIX) as asked:
