@@ -12,7 +12,7 @@ import pytest
 
 import transport
 from tests.transport.proxy import Proxy
-from tests.transport.test_tcp import ADDRESS, MIB, proxied
+from tests.transport.test_tcp import ADDRESS, MIB, hub_of, proxied
 from transport import Timeout, TransportConfig, TransportError
 from transport.conformance import Pumped, joined, noise, same, warm_up
 
@@ -101,6 +101,33 @@ def test_a_flipped_byte_of_an_encrypted_connection_is_seen(keys: Keys) -> None:
         front.send({"value": noise(MIB)}, to="near")
         assert same(pumped.next().body["value"], noise(MIB))
         assert proxy.connections > before
+
+
+def test_a_payload_for_two_peers_of_a_host_crosses_once_and_encrypted(keys: Keys) -> None:
+    names = ["first", "second"]
+    with ExitStack() as stack:
+        front = stack.enter_context(transport.listen(ADDRESS, config=keys.listening(backend="tcp")))
+        proxy = stack.enter_context(proxied(front))
+        peers = []
+        for name in names:
+            peers.append(Pumped(stack.enter_context(joined(front, name, keys.connecting(backend="tcp")))))
+            stack.callback(peers[-1].stop)
+            front.send({"value": noise(MIB)}, to=name)
+            peers[-1].next()
+        bulk = hub_of(front).statistics
+        for seed in range(100):  # until they know each other
+            if bulk()["neighbours"]:
+                break
+            front.send({"value": noise(MIB, seed)}, to=names)
+            assert all(same(peer.next().body["value"], noise(MIB, seed)) for peer in peers)
+        proxy.watching = True
+        text = np.frombuffer(SECRET_TEXT * 20_000, np.uint8)
+        crossed = bulk()["crossed once"]
+        front.send({"value": text}, to=names)
+        assert all(same(peer.next().body["value"], text) for peer in peers)
+        assert bulk()["crossed once"] == crossed + 1
+        assert text.nbytes < len(proxy.seen) < 1.5 * text.nbytes
+        assert SECRET_TEXT not in proxy.seen
 
 
 @pytest.mark.parametrize("who", ["nobody", "stranger"])
