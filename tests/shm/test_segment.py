@@ -127,8 +127,9 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_planted_file_is_refused(kind: str) -> None:
-    with planted(HOSTILE[kind]) as name, pytest.raises(LayoutMismatch):
+    with planted(HOSTILE[kind]) as name, pytest.raises(LayoutMismatch) as caught:
         RingReader(Offer(name, 0, 1), "victim")
+    assert name.split(".")[2] not in str(caught.value)  # what is said goes to a peer
 
 
 def test_the_planted_files_are_refused_for_the_one_thing_that_is_wrong() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import re
+import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +17,7 @@ import msgspec
 import pytest
 import zmq
 
+import shm
 import transport
 from transport import message as wire_types
 from transport.conformance import WAIT, joined, mutated, noise, same
@@ -376,6 +380,48 @@ def test_offers_of_what_is_not_there(front: transport.Endpoint) -> None:
             raw.say(wire_types.Settled(raw.link, "shm"))
         raw.say(raw.data(1, {"n": 1}))
         assert front.receive().body == {"n": 1}
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2])
+def test_a_refusal_for_want_of_descriptors_holds_no_path_and_no_name(spare: int, address: str) -> None:
+    """With so many left, mapping another's ring fails at one step or another; later it can be had."""
+    with transport.listen(address, config=CONFIG) as front, stranger(front) as raw, own_ring() as writer:
+        raw.hello()
+        offer = wire_types.Offered(raw.link, "shm", msgspec.msgpack.encode(list(writer.offer())))
+        raw.say(offer)
+        with descriptors_left(spare):
+            refused = raw.hear()
+        assert isinstance(refused, wire_types.Answered)
+        assert re.search(r"too many open files|number of files open", refused.reason, re.IGNORECASE)
+        assert "/" not in refused.reason
+        assert writer.name.split(".")[2] not in refused.reason
+        raw.say(offer)
+        accepted = raw.hear()
+        assert isinstance(accepted, wire_types.Answered)
+        assert accepted.proof is not None
+
+
+@contextmanager
+def own_ring() -> Iterator[shm.RingWriter]:
+    writer = shm.RingWriter(1 << 16, slots=8, columns=1)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+@contextmanager
+def descriptors_left(number: int) -> Iterator[None]:
+    """This process can open so many files more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(number + 1)]  # the lowest that are free
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[-1], hard))
+    for descriptor in taken:
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_one_frame_beyond_the_limit_ends_the_connection(front: transport.Endpoint) -> None:

@@ -44,8 +44,10 @@ class ShmInbound(Inbound):
             )
         except (msgspec.DecodeError, UnicodeDecodeError):
             return Refusal("the offer is not one")
-        except (shm.ShmError, OSError) as error:
+        except shm.ShmError as error:
             return Refusal(str(error))
+        except OSError as error:  # its text may name a file, which is nothing for a peer
+            return Refusal(f"the ring cannot be mapped: {error.strerror}")
         return Proof(
             encode(RingProof(self.config.cut_through, self.importer.answer(peer.link, offered.device)))
         )
