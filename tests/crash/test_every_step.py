@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 import random
+import re
+from pathlib import Path
 
 import pytest
 
 import shm
+from tests.crash import test_following, test_neighbours, test_tcp
 from tests.crash.harness import ROLES, Kill, Outcome, play
+
+ROOT = Path(__file__).parents[2]
 
 _RUNS_PER_EVENT = 3  # a run may have fewer steps of a kind than the one they were counted in
 
@@ -66,6 +71,24 @@ def test_the_steps_are_those_we_know() -> None:
     assert all(len(reports) == 1 for reports in clean().reports.values())
     assert clean().wrong == []
     assert clean().left() == []
+
+
+def events_in_the_source() -> set[str]:
+    """Every event that the product can tell; those of a ring get their prefix on the way."""
+    ring = (ROOT / "shm").glob("*.py")
+    others = [path for folder in ("transport", "engine") for path in (ROOT / folder).rglob("*.py")]
+    return {
+        *(f"ring.{step}" for path in ring for step in re.findall(r'_trace\("(\w+)"', path.read_text())),
+        *(event for path in others for event in re.findall(r'emit\(\s*"([\w.]+)"', path.read_text())),
+    }
+
+
+def test_somebody_dies_at_every_event_there_is() -> None:
+    """Here, or in the plays of what is not in this one: following a copy, bulk connections, neighbours."""
+    elsewhere = (test_following.STEPS, test_tcp.STEPS, test_neighbours.STEPS)
+    killing = {step for role in ROLES for step in steps_of(role)}
+    killing |= {step for plays in elsewhere for steps in plays.values() for step in steps}
+    assert events_in_the_source() == killing
 
 
 @pytest.mark.parametrize("role", ROLES)
