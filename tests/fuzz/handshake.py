@@ -23,6 +23,7 @@ _WAIT = 30.0
 _IDENTITY = b"stranger"
 _NONCE = 5
 _MOST_STEPS = 24
+_GREETING = 23  # bytes of an input that a greeting takes when all is right in it
 _BACKENDS = ["shm", "frames", "inline", "parts", "warp"]
 _BODY = msgspec.msgpack.encode({"x": msgspec.msgpack.Ext(1, bytes(4))})
 _CONFIG = transport.TransportConfig(
@@ -78,7 +79,7 @@ class Handshake:
 
     def seeds(self) -> list[bytes]:
         """Inputs to begin with: a greeting, and after it every kind of message once, as right as can be."""
-        hello = bytes((1, 0)) + bytes(12)
+        hello = bytes((1, 0)) + bytes(_GREETING)
         return [
             b"\0" + hello,
             *(b"\0" + hello + bytes((1, kind)) + bytes(24) for kind in range(len(_KINDS))),
@@ -158,7 +159,9 @@ class Handshake:
                 return draw.word() if wrong else _NONCE
             case "name":
                 return draw.text() if wrong else draw.pick(("stranger", "other", "third", "front"))
-            case "window" | "window_bytes" | "patience" | "ring_patience" | "seen" | "pid":
+            case "window" | "window_bytes":
+                return draw.number() if wrong else 1 << draw.byte() % 32
+            case "patience" | "ring_patience" | "seen" | "pid":
                 return draw.number()
             case "accepts":
                 return [draw.text() for _ in range(draw.byte() % 70)] if wrong else _BACKENDS[:3]
@@ -215,12 +218,16 @@ class Handshake:
         while self._exchange.receiver.queue:
             with suppress(transport.TransportError):
                 self._front.try_receive()
-        with suppress(zmq.Again):
-            while True:
-                self._dealer.recv_multipart(zmq.NOBLOCK)
-        with suppress(zmq.Again):
-            while True:
-                self._router.recv_multipart(zmq.NOBLOCK)
+        for socket in (self._dealer, self._router):
+            with suppress(zmq.Again):
+                while True:
+                    self._hear(socket.recv_multipart(zmq.NOBLOCK))
+
+    def _hear(self, frames: list[bytes]) -> None:
+        """What the endpoint answers names neither the ring that it was offered nor a path of its own."""
+        for frame in frames:
+            assert self._ring.name.split(".")[2].encode() not in frame
+            assert str(self._folder).encode() not in frame
 
     def _check(self) -> None:
         """Nothing of what was said is kept."""

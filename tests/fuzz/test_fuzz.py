@@ -8,13 +8,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.__main__ import TARGETS, load
+from transport.link import Link
+from transport.message import Control, Hello, Refused, Welcome
+from transport.wire import Arrived
 
 ROOT = Path(__file__).parents[2]
 _SEED = 1
@@ -31,6 +34,29 @@ def target(name: str, short_path: Path) -> Iterator[Any]:
 def test_what_a_fuzzer_begins_with(name: str, target: Any) -> None:
     for seed in target.seeds():
         target(seed)
+
+
+@pytest.mark.parametrize("name", ["handshake"])
+def test_greetings_are_taken_and_what_follows_is_heard(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs that stop at the door would find nothing behind it."""
+    exchange, heard, begun = target._exchange, set(), []
+    handle, begin = exchange._handle_in_link, exchange._begin
+
+    def handling(link: Link, message: Control, arrived: Arrived) -> None:
+        heard.add(type(message))
+        handle(link, message, arrived)
+
+    def beginning(link: Link) -> None:
+        begun.append(link.peer.dialled)
+        begin(link)
+
+    monkeypatch.setattr(exchange, "_handle_in_link", handling)
+    monkeypatch.setattr(exchange, "_begin", beginning)
+    for seed in target.seeds():
+        target(seed)
+    assert heard == {*get_args(Control)} - {Hello, Welcome, Refused}
+    assert begun.count(True) == 1
+    assert begun.count(False) == len(target.seeds()) - 1
 
 
 @pytest.mark.parametrize("name", TARGETS)
