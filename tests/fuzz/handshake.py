@@ -85,6 +85,7 @@ class Handshake:
             *(b"\0" + hello + bytes((1, kind)) + bytes(24) for kind in range(len(_KINDS))),
             b"\1" + bytes((1, 1)) + bytes(20),
             *(b"\0" + hello + bytes((step,)) + bytes(24) for step in (2, 3, 4, 5)),
+            b"\0" + hello + bytes((1, _KINDS.index(wire_types.Offered), 0, 0, 0, 0, 0, 1)),  # and withdrawn
         ]
 
     def __call__(self, data: bytes) -> None:
