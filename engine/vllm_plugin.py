@@ -71,10 +71,10 @@ def _hook_front() -> None:
     from vllm.v1.engine.core_client import AsyncMPClient, MPClient, SyncMPClient
     from vllm.v1.metrics.loggers import LoggingStatLogger
 
-    _wrap(MPClient, "__init__", _client_made)
     for client in (SyncMPClient, AsyncMPClient):
         _wrap(client, "_send_input", _client_sends)
     _wrap(LoggingStatLogger, "log", _statistics_logged)
+    _wrap(MPClient, "__init__", _client_made)  # last: where one of the others is missing, no ring is made
     _sweep_at_exit()
 
 
@@ -86,26 +86,35 @@ def _sweep_at_exit() -> None:
 
 def _client_made(original: Callable[..., None], client: Any, *arguments: Any, **named: Any) -> None:
     original(client, *arguments, **named)
+    settings = settings_of(client.vllm_config.additional_config)
+    if settings is None:
+        return
+    try:
+        _link(client)
+    except Exception as error:  # noqa: BLE001  # whatever it is, vLLM runs on without
+        _log.exception("tensorferry: %s; tensors go vLLM's way", error)
+
+
+def _link(client: Any) -> None:
+    """Make the client's ring and wait for its engines on this host. AttributeError: vLLM is not as known."""
     parallel = client.vllm_config.parallel_config
     engines = client.engine_ranks_managed
-    settings = settings_of(client.vllm_config.additional_config, engines=len(engines))
-    if settings is None or not _has_tensors(client.vllm_config):
+    client.core_engine  # noqa: B018  # what `_client_sends` asks for
+    if not _has_tensors(client.vllm_config):
         return
     if client.encoder.oob_tensor_consumer is not None:
         _log.warning("tensorferry: mm_tensor_ipc carries the tensors already; take direct_rpc")
         return
-    try:
-        front = Front(settings, _address_of(client.input_socket))
-    except Exception as error:  # noqa: BLE001  # whatever it is, vLLM runs on without
-        _log.exception("tensorferry: %s; tensors go vLLM's way", error)
-        return
-    local = engines[: parallel.data_parallel_size_local]
-    there = front.wait_for(local, _READY_TIMEOUT)
+    settings = settings_of(client.vllm_config.additional_config, engines=len(engines))
+    assert settings is not None
+    front = Front(settings, _address_of(client.input_socket))
+    weakref.finalize(client, front.close)
+    consumer = _consumer(front)
+    there = front.wait_for(engines[: parallel.data_parallel_size_local], _READY_TIMEOUT)
     _log.info("tensorferry: engines %s of %s map the ring", there, engines)
-    client.encoder.oob_tensor_consumer = _consumer(front)
+    client.encoder.oob_tensor_consumer = consumer
     client._tensorferry = front
     _fronts.add(front)
-    weakref.finalize(client, front.close)
 
 
 def _has_tensors(vllm_config: Any) -> bool:
@@ -155,9 +164,9 @@ def _tensors_of(request: Any) -> Iterator[torch.Tensor]:
             yield from (t for t in (data if isinstance(data, list) else [data]) if type(t) is torch.Tensor)
 
 
-def _statistics_logged(original: Callable[..., Any], logger: Any) -> Any:
+def _statistics_logged(original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """vLLM has a logger for each engine; the counters of all engines are said once, and when they grew."""
-    result = original(logger)
+    result = original(*arguments, **named)
     for front in _fronts:
         if line := front.counts.news():
             _log.info("tensorferry: %s", line)
@@ -216,12 +225,12 @@ class _Provider:
             return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
 
-def _request_came(original: Callable[..., Any], engine: Any, request: Any) -> Any:
+def _request_came(original: Callable[..., Any], engine: Any, request: Any, *more: Any, **named: Any) -> Any:
     provider = getattr(engine, "tensor_ipc_receiver", None)
     if isinstance(provider, _Provider) and provider.lost:
         lost, provider.lost = provider.lost, []
         raise RuntimeError(f"tensors of request {request.request_id} are lost: {'; '.join(lost)}")
-    return original(engine, request)
+    return original(engine, request, *more, **named)
 
 
 def _hook_queue(queue: Any, core: Core) -> None:
@@ -286,8 +295,8 @@ def _hook_worker() -> None:
 
 def _worker_begins(original: Callable[..., Any], wrapper: Any, *arguments: Any, **named: Any) -> Any:
     global _worker
-    config = wrapper.vllm_config
     try:
+        config = wrapper.vllm_config
         settings = settings_of(config.additional_config)
         parallel = config.parallel_config
         inside = _core is not None and _core.pid == os.getpid()

@@ -41,6 +41,19 @@ def test_what_is_not_known_is_left_alone_and_said(
     assert "the EngineCore is not as known here" in caplog.text
 
 
+def test_a_client_that_is_not_as_known_is_left_alone_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing that is missed in it reaches vLLM, which is just starting."""
+    client = types.SimpleNamespace()
+    config = types.SimpleNamespace(additional_config={"tensorferry": True}, parallel_config=None)
+
+    def made(client: Any, config: Any) -> None:
+        client.vllm_config = config
+
+    vllm_plugin._client_made(made, client, config)
+    assert client.vllm_config is config
+    assert "has no attribute 'engine_ranks_managed'; tensors go vLLM's way" in caplog.text
+
+
 class _Gone(Core):
     """An EngineCore's end that has lost everything."""
 

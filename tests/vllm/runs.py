@@ -18,6 +18,8 @@ from typing import IO, Any
 
 import pytest
 
+from tests.hosts.namespaces import Host
+
 HERE = Path(__file__).parent
 RING = 256 << 20
 _THERE = importlib.util.find_spec("vllm") is not None
@@ -48,7 +50,7 @@ def environment() -> dict[str, str]:
 
 
 def run(model: Path, *before: str, **options: Any) -> dict[str, Any]:
-    """One vLLM by `scenario.py`; `before` is put before the command. What it printed last."""
+    """One vLLM by `scenario.py`; `before` is put before the command. Its result, with all it printed."""
     command = [sys.executable, str(HERE / "scenario.py"), json.dumps({"model": str(model), **options})]
     with tempfile.TemporaryFile("w+") as output:
         process = start([*before, *command], output)
@@ -61,14 +63,18 @@ def run(model: Path, *before: str, **options: Any) -> dict[str, Any]:
     results = [line for line in lines if line.startswith("RESULT ")]
     assert results, f"exit code {process.returncode}\n{''.join(lines)[-8000:]}"
     result: dict[str, Any] = json.loads(results[-1].removeprefix("RESULT "))
-    return result
+    return result | {"log": "".join(lines)}
 
 
-def start(command: list[str], output: IO[Any]) -> subprocess.Popen[bytes]:
-    """A program in a process group of its own; it and all that it starts print to `output`."""
-    return subprocess.Popen(
-        command, env=environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-    )
+def start(
+    command: list[str], output: IO[Any], host: Host | None = None, **environ: str
+) -> subprocess.Popen[bytes]:
+    """A program in a process group of its own, here or on a host; it and all it starts print to `output`."""
+    env = environment() | environ
+    if host is not None:
+        command = host.command(command)
+        env |= {"VLLM_HOST_IP": host.address, "GLOO_SOCKET_IFNAME": host.interface}
+    return subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -1,9 +1,10 @@
-"""`vllm serve` as a person starts it, on loopback: asked over HTTP, looked at, ended by SIGTERM."""
+"""`vllm serve` as a person starts it, on loopback or on another host: asked over HTTP, looked at, ended."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import io
 import json
 import signal
@@ -11,14 +12,15 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from bench.hops.asking import PLACEHOLDER
+from tests.hosts.namespaces import Host
 from tests.vllm import runs, scenario
 
 # As `bench.hops.asking.prompts` puts it. vLLM's own placeholders stand where the images do.
@@ -31,12 +33,12 @@ _TEMPLATE = (
 
 
 class Server:
-    """A running `vllm serve`."""
+    """A running `vllm serve`. at: its port on loopback, or its Unix socket, which all networks reach."""
 
-    def __init__(self, model: Path, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    def __init__(self, model: Path, process: subprocess.Popen[bytes], at: int | Path, log: Path) -> None:
         self.process = process
         self._model = model
-        self._base = f"http://127.0.0.1:{port}"
+        self._at = at
         self._log = log
 
     def log(self) -> str:
@@ -78,15 +80,25 @@ class Server:
 
     def metrics(self) -> dict[tuple[str, str, str], float]:
         """Our samples at /metrics: by name, hop and way."""
-        from prometheus_client.parser import text_string_to_metric_families
-
-        families = text_string_to_metric_families(self._get("/metrics").decode())
         return {
             (sample.name, sample.labels["hop"], sample.labels["way"]): sample.value
-            for family in families
-            for sample in family.samples
+            for sample in self._samples()
             if sample.name.startswith("tensorferry_") and sample.name.endswith("_total")
         }
+
+    def answered(self) -> dict[int, int]:
+        """How many prompts each engine answered in full, as vLLM's own metrics say."""
+        done: Counter[int] = Counter()
+        for sample in self._samples():
+            if sample.name == "vllm:request_success_total":
+                done[int(sample.labels["engine"])] += int(sample.value)
+        return dict(done)
+
+    def _samples(self) -> Iterator[Any]:
+        from prometheus_client.parser import text_string_to_metric_families
+
+        for family in text_string_to_metric_families(self._get("/metrics").decode()):
+            yield from family.samples
 
     def ways(self) -> dict[int, dict[str, list[int]]]:
         """What each of its processes counted, by pid: tensors and bytes by role, hop and way."""
@@ -111,32 +123,64 @@ class Server:
         return self.process.wait(runs.TIMEOUT)
 
     def _get(self, path: str, body: bytes | None = None) -> bytes:
-        request = urllib.request.Request(self._base + path, body, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=runs.TIMEOUT) as reply:
-                content: bytes = reply.read()
-                return content
-        except urllib.error.HTTPError as error:
-            raise AssertionError(f"{error}: {error.read().decode()}") from error
+        with contextlib.closing(self._connection()) as connection:
+            kind = {"Content-Type": "application/json"}
+            connection.request("GET" if body is None else "POST", path, body, kind)
+            reply = connection.getresponse()
+            content: bytes = reply.read()
+        assert reply.status == HTTPStatus.OK, f"{reply.status} {reply.reason}: {content.decode()}"
+        return content
+
+    def _connection(self) -> http.client.HTTPConnection:
+        if isinstance(self._at, int):
+            return http.client.HTTPConnection("127.0.0.1", self._at, timeout=runs.TIMEOUT)
+        return _OverUnix(self._at)
+
+
+class _OverUnix(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(runs.TIMEOUT)
+        self.sock.connect(str(self._path))
 
 
 @contextlib.contextmanager
-def serving(model: Path, folder: Path, **options: Any) -> Iterator[Server]:
-    """`vllm serve` with those options; ended with all its processes if it is not yet."""
+def serving(model: Path, folder: Path, host: Host | None = None, **options: Any) -> Iterator[Server]:
+    """`vllm serve` with those options, here or on a host with a network of its own; ended with all its
+    processes if it is not yet.
+    """
     template = folder / "chat.jinja"
     template.write_text(_TEMPLATE)
-    port = _free_port()
-    flags = scenario.arguments({"chat_template": str(template), "host": "127.0.0.1", "port": port, **options})
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    at = _free_port() if host is None else folder / "http"
+    listen = {"host": "127.0.0.1", "port": at} if host is None else {"uds": at}
+    command = serve_command(model, chat_template=template, **listen, **options)
     log = folder / "log"
     with log.open("wb") as output:
-        process = runs.start([*command, *_command_line(flags)], output)
-    server = Server(model, process, port, log)
+        process = runs.start(command, output, host)
+    server = Server(model, process, at, log)
     try:
         server.wait()
         yield server
     finally:
         runs.end(process)
+
+
+def serve_command(model: Path, **options: Any) -> list[str]:
+    """`vllm serve` of that model with what `scenario.arguments` adds."""
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    return [*command, *_command_line(scenario.arguments(options))]
+
+
+def becomes(look: Callable[[], Any], expected: Any) -> None:
+    """Wait for what the counters, which are saved and sent every second, will show."""
+    deadline = time.monotonic() + runs.TIMEOUT
+    while (found := look()) != expected:
+        assert time.monotonic() < deadline, f"{found}, not {expected}"
+        time.sleep(0.2)
 
 
 def tensorferry(*arguments: str) -> Any:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench.hops.asking import prompts
-from tests.vllm import runs
 from tests.vllm.runs import MARKS, TENSOR, ferry, segments, stock
-from tests.vllm.server import Server, serving, tensorferry
+from tests.vllm.server import Server, becomes, serving, tensorferry
 
 pytestmark = MARKS
 HOP_1, HOP_2 = "front end to engine", "engine to workers"
@@ -23,16 +20,16 @@ def test_several_api_servers(model: Path, tmp_path: Path) -> None:
     """Two with a ring each, before two engines; what one `/metrics` shows is the sum of both."""
     before = segments()
     expected = stock(model, layout=LAYOUT, firsts=[0])
-    options = {"api_server_count": 2, "data_parallel_size": 2, "additional_config": ferry()}
+    options: dict[str, Any] = {"api_server_count": 2, "data_parallel_size": 2, "additional_config": ferry()}
     with serving(model, tmp_path, **options) as server:
         rounds = 0
         while rounds < 20 and len(_used(server)) < 2:  # the kernel chooses who takes a connection
             assert server.ask_all(prompts(COUNT, IMAGES, SIDE)) == expected
             rounds += 1
-            _becomes(lambda: _sent(server), rounds * SENT)
+            becomes(lambda: _sent(server), rounds * SENT)
         fronts = _used(server)
         assert len(fronts) == 2, f"after {rounds} rounds"
-        _becomes(lambda: _counted(server, HOP_1), {"ring": rounds * SENT})
+        becomes(lambda: _counted(server, HOP_1), {"ring": rounds * SENT})
         assert _counted(server, HOP_1, "tensor_bytes") == {"ring": rounds * SENT * TENSOR}
 
         rings = [ring for ring in tensorferry("ps") if ring["name"] in segments() - before]
@@ -49,11 +46,11 @@ def test_one_api_server(model: Path, tmp_path: Path) -> None:
     with serving(model, tmp_path, tensor_parallel_size=2, additional_config=ferry()) as server:
         for rounds in (1, 2):
             assert server.ask_all(prompts(COUNT, IMAGES, SIDE)) == expected
-            _becomes(lambda: _counted(server, HOP_1), {"ring": rounds * SENT})
-            _becomes(lambda: sum(_counted(server, HOP_2).values()), rounds * SENT)
+            becomes(lambda: _counted(server, HOP_1), {"ring": rounds * SENT})
+            becomes(lambda: sum(_counted(server, HOP_2).values()), rounds * SENT)
         assert _counted(server, HOP_2)["handle"] >= SENT
         line = f"{HOP_1}: ring {2 * SENT} ({2 * SENT * TENSOR / 1e6:.1f} MB)"
-        _becomes(
+        becomes(
             lambda: any("tensorferry:" in said and line in said for said in server.log().splitlines()), True
         )
         _seen_by_doctor(_used(server), engines=1)
@@ -89,11 +86,3 @@ def _seen_by_doctor(fronts: set[int], engines: int) -> None:
             f"engine{index} (shm: the peer proved that it maps the ring)" in said for index in range(engines)
         )
         assert f"{HOP_1}: ring" in said
-
-
-def _becomes(look: Callable[[], Any], expected: Any) -> None:
-    """Wait for what the counters, which are saved and sent every second, will show."""
-    deadline = time.monotonic() + runs.TIMEOUT
-    while (found := look()) != expected:
-        assert time.monotonic() < deadline, f"{found}, not {expected}"
-        time.sleep(0.2)
