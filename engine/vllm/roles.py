@@ -40,6 +40,7 @@ _log = logging.getLogger("vllm.tensorferry")
 
 _PIECE = 16 << 20  # at most this much is copied by one thread in one go
 _LEAST_PIECE = 1 << 20
+_PROVES_WITHIN = 60.0  # seconds since the handshake; who has not by then shares no /dev/shm with this process
 _TAKE_TIMEOUT = 10.0  # it was sent before vLLM's message that asks for it
 _ENGINE, _WORKER = "engine{}", "worker-{}-{}"  # the latter: pid of its EngineCore, own pid
 
@@ -99,7 +100,8 @@ class _Party:
 
     def offer(self) -> bool:
         """Let peers that have not proved it prove that they map the ring; whether one is still to answer."""
-        if self._ringless or all(peer.held is not None for peer in self.endpoint.peers):
+        peers = self.endpoint.peers
+        if self._ringless or all(p.held is not None or p.connected > _PROVES_WITHIN for p in peers):
             return False
         try:
             with self.endpoint.loan((1,), torch.uint8, timeout=0.1):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import transport
 from engine.vllm import counts, roles
 from engine.vllm.roles import Core, Front, Worker
 from engine.vllm.settings import Settings, front_address, settings_of, sweep
@@ -279,3 +280,21 @@ def test_a_wrong_option_is_refused_by_name(given: dict[str, object], message: st
 @pytest.mark.parametrize("given", [{}, {"tensorferry": None}, {"tensorferry": False}, {"other": {}}, None])
 def test_nothing_asked_for_is_nothing_done(given: object) -> None:
     assert settings_of(given) is None
+
+
+def test_who_does_not_prove_that_it_maps_the_ring_is_not_asked_for_ever(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an engine that shares /tmp with the front end and not /dev/shm."""
+    front = Front(settings(), address)
+    with transport.connect(front_address(address), name="engine0", timeout=30):  # it receives nothing
+        try:
+            until(lambda: front.endpoint.peers)
+            assert front.offer()
+            assert front.wait_for([0], timeout=0.2) == []
+            monkeypatch.setattr(roles, "_PROVES_WITHIN", 0.0)
+            assert not front.offer()
+            assert lend(front, image()) is None
+        finally:
+            front.close()
+    assert front.counts.rows() == [("front end to engine", "vLLM (not linked)", 1, image().nbytes)]

@@ -9,6 +9,7 @@ import contextlib
 import json
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,10 +28,12 @@ _RPC_PORT = 29550
 
 
 @contextlib.contextmanager
-def headless(far: Host, model: Path, folder: Path, **options: object) -> Iterator[subprocess.Popen[bytes]]:
+def headless(
+    far: Host, model: Path, log: Path, folder: Path, **options: object
+) -> Iterator[subprocess.Popen[bytes]]:
     """Rank 1, as an operator starts it there; `folder` is its TMPDIR."""
     command = serve_command(model, headless=True, data_parallel_start_rank=1, **options)
-    with (folder / "log").open("wb") as output:
+    with log.open("wb") as output:
         process = runs.start(command, output, far, TMPDIR=str(folder))
     try:
         yield process
@@ -38,14 +41,23 @@ def headless(far: Host, model: Path, folder: Path, **options: object) -> Iterato
         runs.end(process)
 
 
-def handed_on(folder: Path) -> int:
+def handed_on(rank: subprocess.Popen[bytes], folder: Path) -> int:
     """Tensors from the EngineCore there to its worker, whichever way."""
-    rows = [row for file in folder.glob("*/*.json") for row in json.loads(file.read_text())["tensors"]]
+    import psutil
+
+    pids = {process.pid for process in psutil.Process(rank.pid).children(recursive=True)}
+    files = [file for file in folder.glob("tensorferry-*/*.json") if int(file.stem) in pids]
+    rows = [row for file in files for row in json.loads(file.read_text())["tensors"]]
     return sum(count for hop, _, count, _ in rows if hop == "engine to workers")
 
 
-def test_a_rank_on_another_host(model: Path, tmp_path: Path, short_path: Path) -> None:
-    """Prompts go to both engines, all answers are stock's, each engine's images take the way that it has."""
+@pytest.mark.parametrize("shared", [False, True], ids=["nothing is shared", "/tmp is shared"])
+def test_a_rank_on_another_host(model: Path, tmp_path: Path, short_path: Path, shared: bool) -> None:
+    """Prompts go to both engines, all answers are stock's, each engine's images take the way that it has.
+
+    Where /tmp is shared, as between containers, the engine there links with the front end, and can't map.
+    """
+    folder = Path(tempfile.gettempdir()) if shared else short_path
     expected = stock(model, layout=[COUNT, IMAGES], firsts=[0])
     with two_hosts() as (head, far):
         both = {
@@ -56,7 +68,7 @@ def test_a_rank_on_another_host(model: Path, tmp_path: Path, short_path: Path) -
             "additional_config": ferry(),
         }
         with (
-            headless(far, model, short_path, **both) as rank,
+            headless(far, model, tmp_path / "far", folder, **both) as rank,
             serving(model, tmp_path, head, api_server_count=1, **both) as server,
         ):
             assert "tensorferry: engines [0] of [0, 1] map the ring" in server.log()
@@ -70,7 +82,7 @@ def test_a_rank_on_another_host(model: Path, tmp_path: Path, short_path: Path) -
                 f"front: {HOP}: vLLM (not linked)": [away, away * TENSOR],
             }
             becomes(lambda: server.ways().get(server.process.pid), ways)
-            becomes(lambda: handed_on(short_path), away)
+            becomes(lambda: handed_on(rank, folder), away)
             assert server.stop() == 0
             rank.send_signal(signal.SIGTERM)
             assert rank.wait(runs.TIMEOUT) == 0

@@ -10,12 +10,13 @@ import os
 import sys
 from typing import Any
 
+_ENGINES = ("vllm.engine.arg_utils", "vllm.v1.engine.core")  # a process with neither only looks at models
 _USERS = ("vllm.v1.engine.core", "vllm.v1.engine.core_client")  # they import by name what is renamed
 
 
 def register() -> None:
     """Called in every process of vLLM."""
-    if "vllm.engine.arg_utils" not in sys.modules:  # as the plugin: a process that only looks at models
+    if not any(name in sys.modules for name in _ENGINES):
         return
     for user in _USERS:
         importlib.import_module(user)
