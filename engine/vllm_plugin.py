@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from engine.vllm.roles import Core, Front, Worker
-from engine.vllm.settings import settings_of, sweep
+from engine.vllm.settings import Settings, settings_of, sweep
 
 _log = logging.getLogger("vllm.tensorferry")
 
@@ -86,16 +86,17 @@ def _sweep_at_exit() -> None:
 
 def _client_made(original: Callable[..., None], client: Any, *arguments: Any, **named: Any) -> None:
     original(client, *arguments, **named)
-    settings = settings_of(client.vllm_config.additional_config)
+    engines = getattr(client, "engine_ranks_managed", ())
+    settings = settings_of(client.vllm_config.additional_config, engines=len(engines))
     if settings is None:
         return
     try:
-        _link(client)
+        _link(client, settings)
     except Exception as error:  # noqa: BLE001  # whatever it is, vLLM runs on without
         _log.exception("tensorferry: %s; tensors go vLLM's way", error)
 
 
-def _link(client: Any) -> None:
+def _link(client: Any, settings: Settings) -> None:
     """Make the client's ring and wait for its engines on this host. AttributeError: vLLM is not as known."""
     parallel = client.vllm_config.parallel_config
     engines = client.engine_ranks_managed
@@ -105,8 +106,6 @@ def _link(client: Any) -> None:
     if client.encoder.oob_tensor_consumer is not None:
         _log.warning("tensorferry: mm_tensor_ipc carries the tensors already; take direct_rpc")
         return
-    settings = settings_of(client.vllm_config.additional_config, engines=len(engines))
-    assert settings is not None
     front = Front(settings, _address_of(client.input_socket))
     weakref.finalize(client, front.close)
     consumer = _consumer(front)
