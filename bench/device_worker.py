@@ -27,9 +27,10 @@ HOLD = 20
 STARTUP = 100.0
 
 
-def _image(number: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(number)
-    return torch.randn(SIDE * SIDE, ROW, generator=generator)
+def _images(count: int) -> list[torch.Tensor]:
+    """Noise, float32 [patches, ROW] each: the same noise moved a little further from image to image."""
+    noise = torch.randn(SIDE * SIDE, ROW, generator=torch.Generator().manual_seed(0))
+    return [noise.roll(number, 0) for number in range(count)]
 
 
 def _batch(images: Sequence[torch.Tensor]) -> Batch:
@@ -45,7 +46,7 @@ def _model(device: str) -> VisionEncoder:
 def tensorferry(folder: Path, *, prompts: int) -> Report:
     """The front end's side: sends the images with eight copy threads, and takes the embeddings."""
     config = EngineConfig(device="cuda", shm_ring_gb=2.0, copy_threads=8, startup_timeout=STARTUP)
-    images = [_image(number) for number in range(IMAGES)]
+    images = _images(IMAGES)
     ranks = LocalRanks(config)
     settings = transport_config(config)
     with contextlib.ExitStack() as stack:
@@ -101,7 +102,7 @@ def _measured(folder: Path, prompt: object, prompts: int) -> tuple[dict[str, Jso
 
 def pickle_near(folder: Path, *, prompts: int) -> Report:
     """As before any of this: each message pickled into one frame; the other end calls `.to("cuda")`."""
-    images = [_image(number) for number in range(IMAGES)]
+    images = _images(IMAGES)
     with pair(f"ipc://{folder}/pickle", bind=True) as socket:
         socket.rcvtimeo = int(STARTUP * 1000)
 
@@ -134,7 +135,7 @@ def pickle_far(folder: Path, *, prompts: int) -> Report:  # both ends have the s
 def model_alone(_folder: Path, *, prompts: int) -> Report:
     """The model by itself on images that lie on the GPU: what keeps it busy for one prompt, seconds."""
     model = _model("cuda")
-    images = [_image(number).to("cuda") for number in range(IN_A_MESSAGE)]
+    images = [image.to("cuda") for image in _images(IN_A_MESSAGE)]
     seconds = []
     for number in range(prompts + 2):
         start = time.perf_counter()

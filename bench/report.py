@@ -102,7 +102,8 @@ def failures(results: Sequence[Result]) -> list[str]:
 
 def lacking(results: Sequence[Result]) -> list[str]:
     """One line for each reason why rows can't be measured here."""
-    reasons = dict.fromkeys((str(r.row.arguments["column"]), r.failure) for r in results if not r.outcomes)
+    without = [result for result in results if not result.outcomes]
+    reasons = dict.fromkeys((str(r.row.arguments.get("column", r.row.name)), r.failure) for r in without)
     return [f"{LACKING}: {column}: {reason}" for column, reason in reasons]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +18,13 @@ from bench import links, payload
 from bench.floor import TIMEOUT
 from bench.harness import Result, Row, number, numbers
 from bench.part import Json, Report, WrongAnswerError
-from bench.report import FAILED, Benchmark, Grid, figure
+from bench.report import Benchmark, Grid, cell, figure, met
 
 MIB = 1 << 20
 WORKERS = 2
-SIZES = {16 * MIB: 30, 64 * MIB: 12}
-QUICK_SIZES = {16 * MIB: 6}
+PLAN, QUICK_PLAN = [[16 * MIB, 20], [64 * MIB, 10]], [[16 * MIB, 6]]
+"""[bytes, messages] of each size."""
+Plan = Sequence[Sequence[int]]
 WAYS = ("one copy", "copy each", "loan", "pickle")
 PHASES = ("alone", "ring", "pinned")
 WARM = 3
@@ -45,6 +47,7 @@ class _Device:
     """Where one worker's tensors go: a GPU, fed from registered memory, or a place in ordinary memory."""
 
     def __init__(self, name: str, worker: int, nbytes: int) -> None:
+        self._nbytes = nbytes  # of the last copy
         self._gpu = torch.device("cuda", worker) if name == "cuda" else None
         self._place = torch.empty(nbytes, dtype=torch.uint8, device=self._gpu or "cpu")
         self.pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._gpu is not None).numpy()
@@ -55,14 +58,15 @@ class _Device:
 
     def copy(self, source: transport.Bytes) -> None:
         """Copy bytes to the device; complete on return."""
+        self._nbytes = source.nbytes
         if self._gpu is None:
-            np.copyto(self._place.numpy(), source)
+            np.copyto(self._place[: source.nbytes].numpy(), source)
         else:
             transport.copy_in(self._place, 0, source, self._stream).synchronize()
 
     def check(self, stamp: int, checksum: int) -> None:
         """`WrongAnswerError` unless the device has the payload of that message; -1: its stamp is enough."""
-        words = self._place.view(torch.int64)
+        words = self._place[: self._nbytes].view(torch.int64)
         found = words if checksum >= 0 else words[[0, len(words) // 2, len(words) - 1]]
         host = found.cpu().numpy()
         payload.check_stamp(host, stamp)
@@ -137,38 +141,50 @@ class _Near:
         return int(self.endpoint.statistics()["backend"]["nbytes"])
 
 
-def near(folder: Path, *, way: str, nbytes: int, messages: int, device: str) -> Report:
-    """Sends every message to all workers; milliseconds, and copies made for one payload."""
-    source: payload.Words = np.empty(nbytes // 8, np.int64)
-    payload.fill(source, nbytes)
+def near(folder: Path, *, way: str, plan: Plan, device: str) -> Report:
+    """Sends every message to all workers; milliseconds and copies made for one payload, of each size."""
+    times: dict[str, list[float]] = {}
+    copies: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
         end = _Near(folder, way, stack)
-        for number_ in range(WARM):
-            end.exchange(number_, source, checked=True)
-        before = end.copied()
-        times = [
-            end.exchange(number_, source, checked=False) * 1e3 for number_ in range(WARM, WARM + messages)
-        ]
-        copies = (end.copied() - before) / (nbytes * messages) if way != "pickle" else WORKERS
-    return Report(values={"ms": times, "copies": copies}, expected=WORKERS * (WARM + messages))
+        for nbytes, messages in plan:
+            source = _words(nbytes)
+            for number_ in range(WARM):
+                end.exchange(number_, source, checked=True)
+            before, timed = end.copied(), range(WARM, WARM + messages)
+            times[str(nbytes)] = [end.exchange(number_, source, checked=False) * 1e3 for number_ in timed]
+            written = (end.copied() - before) / (nbytes * messages)
+            copies[str(nbytes)] = written if way != "pickle" else WORKERS
+    return Report(values={"ms": times, "copies": copies}, expected=WORKERS * _messages(plan))
 
 
-def worker(folder: Path, *, place: int, way: str, nbytes: int, messages: int, device: str) -> Report:
+def worker(folder: Path, *, place: int, way: str, plan: Plan, device: str) -> Report:
     """Copies every message to its device and answers."""
-    fed = _Device(device, place, nbytes)
+    fed = _Device(device, place, max(nbytes for nbytes, _ in plan))
     with contextlib.ExitStack() as stack:
         link = _far(folder, place, way, stack)
-        for number_ in range(WARM + messages):
-            body = link.receive()
-            fed.copy(body["data"].numpy().view(np.uint8))
-            fed.check(number_, body["crc"])
-            del body
-            if number_ == 0 and way != "pickle":
-                fed.registered()
-            link.send({"n": number_})
+        for _nbytes, messages in plan:
+            for number_ in range(WARM + messages):
+                body = link.receive()
+                fed.copy(body["data"].numpy().view(np.uint8))
+                fed.check(number_, body["crc"])
+                del body
+                if number_ == 0 and way != "pickle":
+                    fed.registered()
+                link.send({"n": number_})
         if way != "pickle":
             link.check_way()
-    return Report(verified=WARM + messages)
+    return Report(verified=_messages(plan))
+
+
+def _words(nbytes: int) -> payload.Words:
+    words: payload.Words = np.empty(nbytes // 8, np.int64)
+    payload.fill(words, nbytes)
+    return words
+
+
+def _messages(plan: Plan) -> int:
+    return sum(WARM + messages for _, messages in plan)
 
 
 def _far(folder: Path, place: int, way: str, stack: contextlib.ExitStack) -> links.Link:
@@ -192,39 +208,39 @@ def _own(folder: Path, place: int) -> Path:
 # ---------------------------------------------------------------------- feeding
 
 
-def feed_near(folder: Path, *, nbytes: int, messages: int, device: str) -> Report:
-    """Sends one tensor, then says when each phase begins."""
-    source: payload.Words = np.empty(nbytes // 8, np.int64)
-    payload.fill(source, nbytes)
+def feed_near(folder: Path, *, plan: Plan, device: str) -> Report:
+    """Sends a tensor of each size, then says when each phase begins."""
     with contextlib.ExitStack() as stack:
         end = _Near(folder, "one copy", stack)
-        end.exchange(0, source, checked=True)
-        for number_, _phase in enumerate(PHASES, start=1):
-            end.send({"n": number_})
-            end.wait(number_)
-    return Report(expected=WORKERS * (1 + len(PHASES)))
+        for nbytes, _ in plan:
+            end.exchange(0, _words(nbytes), checked=True)
+            for number_, _phase in enumerate(PHASES, start=1):
+                end.send({"n": number_})
+                end.wait(number_)
+    return Report(expected=WORKERS * len(plan) * (1 + len(PHASES)))
 
 
-def feed_worker(folder: Path, *, place: int, nbytes: int, messages: int, device: str) -> Report:
-    """Copies the tensor over and over; GB/s of each copy by phase."""
-    fed = _Device(device, place, nbytes)
+def feed_worker(folder: Path, *, place: int, plan: Plan, device: str) -> Report:
+    """Copies each tensor over and over; GB/s of each copy by size and phase."""
+    fed = _Device(device, place, max(nbytes for nbytes, _ in plan))
     rates: dict[str, list[float]] = {}
     with contextlib.ExitStack() as stack:
         link = _far(folder, place, "one copy", stack)
-        body = link.receive()
-        ring = body["data"].numpy().view(np.uint8)
-        fed.copy(ring)
-        fed.check(0, body["crc"])
-        fed.registered()
-        link.send({"n": 0})
-        for number_, phase in enumerate(PHASES, start=1):
-            link.receive()
-            if phase != "alone" or place == 0:
-                array = fed.pinned if phase == "pinned" else ring
-                rates[f"{phase} {place}"] = [_rate(fed, array) for _ in range(messages)]
-            link.send({"n": number_})
-        del body, ring, array
-    return Report(values=rates, verified=1 + len(PHASES))
+        for nbytes, messages in plan:
+            body = link.receive()
+            ring = body["data"].numpy().view(np.uint8)
+            fed.copy(ring)
+            fed.check(0, body["crc"])
+            fed.registered()
+            link.send({"n": 0})
+            for number_, phase in enumerate(PHASES, start=1):
+                link.receive()
+                if phase != "alone" or place == 0:
+                    array = fed.pinned[:nbytes] if phase == "pinned" else ring
+                    rates[f"{nbytes} {phase} {place}"] = [_rate(fed, array) for _ in range(messages)]
+                link.send({"n": number_})
+            del body, ring, array
+    return Report(values=rates, verified=len(plan) * (1 + len(PHASES)))
 
 
 def _rate(fed: _Device, array: transport.Bytes) -> float:
@@ -240,16 +256,14 @@ feed_worker0, feed_worker1 = partial(feed_worker, place=0), partial(feed_worker,
 # ---------------------------------------------------------------------- rows and tables
 
 
-def _rows(quick: bool) -> list[Row]:
-    device = "cuda" if torch.cuda.device_count() >= WORKERS else "cpu"
-    rows = []
-    for nbytes, messages in (QUICK_SIZES if quick else SIZES).items():
-        common: dict[str, Json] = {"nbytes": nbytes, "messages": messages, "device": device}
-        rows += [
-            Row(name=_name(way, nbytes), parts=_parts(""), arguments={"way": way, **common}) for way in WAYS
-        ]
-        rows.append(Row(name=_name("feed", nbytes), parts=_parts("feed_"), arguments=common))
-    return rows
+def rows(quick: bool, *, device: str, lacking: str | None = None) -> list[Row]:
+    """A row for each way and one for the feeding, with devices of that type."""
+    common: dict[str, Json] = {"plan": QUICK_PLAN if quick else PLAN, "device": device}
+    ways = [
+        Row(name=_name(way), parts=_parts(""), arguments={"way": way, **common}, lacking=lacking)
+        for way in WAYS
+    ]
+    return [*ways, Row(name=_name("feed"), parts=_parts("feed_"), arguments=common, lacking=lacking)]
 
 
 def _parts(kind: str) -> dict[str, str]:
@@ -257,64 +271,95 @@ def _parts(kind: str) -> dict[str, str]:
     return {name: f"bench.tensor_parallel:{kind}{name}" for name in names}
 
 
-def _name(what: str, nbytes: int) -> str:
-    return f"{what} {nbytes // MIB} MiB"
+def _name(what: str) -> str:
+    return f"{WORKERS} workers: {what}"
 
 
 Measure = Callable[[Mapping[str, Json]], float]
 
 
-def _slowest(phase: str) -> Measure:
+def _of(what: str, nbytes: int) -> Measure:
+    """Milliseconds, or copies, of one size."""
+
+    def measure(values: Mapping[str, Json]) -> float:
+        sizes = values[what]
+        assert isinstance(sizes, Mapping)
+        found = sizes[str(nbytes)]
+        return number(found) if what == "copies" else statistics.median(numbers(found))
+
+    return measure
+
+
+def _slowest(nbytes: int, phase: str) -> Measure:
     """GB/s of the worker that is fed most slowly."""
 
     def measure(values: Mapping[str, Json]) -> float:
-        series = [numbers(value) for name, value in values.items() if name.startswith(f"{phase} ")]
+        series = [numbers(value) for name, value in values.items() if name.startswith(f"{nbytes} {phase} ")]
         return min(statistics.median(rates) for rates in series)
 
     return measure
 
 
-def _ratio(values: Mapping[str, Json]) -> float:
-    return _slowest("ring")(values) / _slowest("pinned")(values)
+def _ratio(nbytes: int) -> Measure:
+    ring, pinned = (_slowest(nbytes, phase) for phase in ("ring", "pinned"))
+    return lambda values: ring(values) / pinned(values)
+
+
+def show(results: Sequence[Result]) -> list[Grid]:
+    """Tables of what `rows` asked for."""
+    by_name = {result.row.name: result for result in results}
+    each, feed = [by_name[_name(way)] for way in WAYS], by_name[_name("feed")]
+    device, sizes = feed.row.arguments["device"], _sizes(feed.row)
+
+    def grid(title: str, columns: Sequence[str], line: Callable[[int], list[str]]) -> Grid:
+        rows_ = [[f"{nbytes // MIB} MiB", *line(nbytes)] for nbytes in sizes]
+        return Grid(title=f"tensor-parallel: {title}", columns=["", *columns], rows=rows_)
+
+    def fed(nbytes: int) -> list[str]:
+        return [_cell(feed, m) for m in (*(_slowest(nbytes, phase) for phase in PHASES), _ratio(nbytes))]
+
+    return [
+        grid(f"until {WORKERS} workers ({device}) have it, ms", WAYS, lambda n: _line(each, _of("ms", n))),
+        grid("how often a payload is written", WAYS, lambda n: _line(each, _of("copies", n))),
+        dataclasses.replace(
+            grid("the worker fed most slowly, GB/s", [*PHASES, "ring to pinned"], fed),
+            notes=_aims(feed, sizes) if device == "cuda" and feed.failure is None else [],
+        ),
+    ]
+
+
+def _sizes(row: Row) -> list[int]:
+    plan = row.arguments["plan"]
+    assert isinstance(plan, Sequence)
+    return [int(numbers(entry)[0]) for entry in plan]
+
+
+def _line(results: Sequence[Result], measure: Measure) -> list[str]:
+    return [_cell(result, measure) for result in results]
 
 
 def _cell(result: Result, measure: Measure) -> str:
-    return FAILED if result.failure is not None else figure(result.spread(measure))
+    return cell(result, lambda good: figure(good.spread(measure)))
 
 
-def _show(results: Sequence[Result]) -> list[Grid]:
-    by_name = {result.row.name: result for result in results}
-    ways, copies, fed, notes = [], [], [], []
-    for nbytes in [nbytes for nbytes in SIZES if _name(WAYS[0], nbytes) in by_name]:
-        size, row = f"{nbytes // MIB} MiB", [by_name[_name(way, nbytes)] for way in WAYS]
-        ways.append([size, *(_cell(r, lambda values: statistics.median(numbers(values["ms"]))) for r in row)])
-        copies.append([size, *(_cell(r, lambda values: number(values["copies"])) for r in row)])
-        feed = by_name[_name("feed", nbytes)]
-        fed.append([size, *(_cell(feed, _slowest(phase)) for phase in PHASES), _cell(feed, _ratio)])
-        if feed.failure is None and feed.row.arguments["device"] == "cuda":
-            ratio = feed.spread(_ratio).median
-            met = "met" if ratio >= AIM else "MISSED"
-            notes.append(f"aim: every GPU at {AIM:.0%} of pinned, all at once. {size}: {ratio:.1%}: {met}.")
-    device = next((str(result.row.arguments["device"]) for result in results), "cpu")
-    return [
-        Grid(
-            title=f"tensor-parallel: until {WORKERS} workers ({device}) have it, ms",
-            columns=["", *WAYS],
-            rows=ways,
-        ),
-        Grid(title="tensor-parallel: how often a payload is written", columns=["", *WAYS], rows=copies),
-        Grid(
-            title="tensor-parallel: the worker fed most slowly, GB/s",
-            columns=["", *PHASES, "ring to pinned"],
-            rows=fed,
-            notes=notes,
-        ),
-    ]
+def _aims(feed: Result, sizes: Sequence[int]) -> list[str]:
+    lines = []
+    for nbytes in sizes:
+        ratio = feed.spread(_ratio(nbytes)).median
+        aim = f"aim: every GPU at {AIM:.0%} of pinned, all at once"
+        lines.append(f"{aim}. {nbytes // MIB} MiB: {ratio:.1%}: {met(ratio >= AIM)}.")
+    return lines
+
+
+def gpus_lacking() -> str | None:
+    """Why the workers can't have a GPU each here; None when they can."""
+    count = torch.cuda.device_count()
+    return None if count >= WORKERS else f"needs {WORKERS} GPUs, {count} here"
 
 
 BENCHMARK = Benchmark(
     title="one payload for several workers: copies, time until all have it, rate of each device",
     method=METHOD,
-    rows=_rows,
-    show=_show,
+    rows=lambda quick: rows(quick, device="cpu" if gpus_lacking() else "cuda"),
+    show=show,
 )
