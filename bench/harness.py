@@ -214,9 +214,11 @@ class _Child:
     def _last_words(self) -> str:
         lines = self._folder.joinpath(f"{self.role}.err").read_text(errors="replace").splitlines()
         said = [line.strip() for line in lines if line.strip()]
-        # faulthandler says what happened first and the stack after it; a traceback says it last.
-        fatal = [line for line in said if line.startswith("Fatal")]
-        return f" ({(fatal or said)[-1][:160]})" if said else ""
+        # faulthandler writes the stack after what happened, and what led to it (an assertion, an exception of
+        # C++) stands before; a traceback says it last.
+        fatal = [number_ for number_, line in enumerate(said) if line.startswith("Fatal")]
+        said = said[max(0, fatal[0] - 2) : fatal[0] + 1] if fatal else said[-1:]
+        return f" ({'; '.join(line[:160] for line in said)})" if said else ""
 
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -39,6 +39,7 @@ class Runtime:
         library.cudaHostRegister.argtypes = (c_void_p, c_size_t, c_uint)
         library.cudaHostUnregister.argtypes = (c_void_p,)
         library.cudaMemcpyAsync.argtypes = (c_void_p, c_void_p, c_size_t, c_int, c_void_p)
+        library.cudaEventSynchronize.argtypes = (c_void_p,)
         library.cudaMalloc.argtypes = (ctypes.POINTER(c_void_p), c_size_t)
         library.cudaFree.argtypes = (c_void_p,)
         library.cudaIpcGetMemHandle.argtypes = (ctypes.POINTER(_IpcHandle), c_void_p)
@@ -62,6 +63,14 @@ class Runtime:
         code = self._library.cudaMemcpyAsync(destination, source, nbytes, _FROM_ADDRESSES, stream)
         if code:
             self._fail("cudaMemcpyAsync", code)
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        """Until all that was queued before an event is done; asleep, where the event is a blocking one.
+
+        Unlike torch's own call this may stand in a daemon thread: Python ends one by unwinding its stack when
+        the interpreter ends, and C++ that has let go of the GIL calls that an error and aborts the process.
+        """
+        self._call("cudaEventSynchronize", event.cuda_event)
 
     def allocate(self, nbytes: int) -> int:
         """The address of device memory of its own, which an IPC handle may share."""

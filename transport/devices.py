@@ -64,7 +64,7 @@ def to_host(destination: Bytes, source: torch.Tensor, after: torch.cuda.Event) -
     try:
         _queue(index, host, source.data_ptr(), pieces(host, destination.nbytes), stream)
     finally:  # interrupted or not: whoever gets the destination next must not find the device writing there
-        _behind(stream).synchronize()
+        cudart.runtime().wait(_behind(stream))
 
 
 def copy_out(address: int, source: torch.Tensor, after: torch.cuda.Event) -> None:
@@ -75,7 +75,7 @@ def copy_out(address: int, source: torch.Tensor, after: torch.cuda.Event) -> Non
     try:
         _queue(index, address, source.data_ptr(), [(0, source.nbytes)], stream)
     finally:  # as in `to_host`
-        _behind(stream).synchronize()
+        cudart.runtime().wait(_behind(stream))
 
 
 def copy_in(
@@ -155,14 +155,14 @@ class Kept:
                     self._await(done)
                 elif callable(source):
                     source()
-            except RuntimeError as error:  # no copy will ever end on this device
+            except cudart.DeviceError as error:  # no copy will ever end on this device
                 _log.error("copies on a device fail, and what they read from is kept: %s", error)
                 self._queue.put((done, source))
                 return
             del done, source  # before the next wait, which may be long
 
     def _await(self, done: torch.cuda.Event) -> None:
-        done.synchronize()
+        cudart.runtime().wait(done)
 
 
 @lru_cache(maxsize=1)

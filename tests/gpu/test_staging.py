@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -211,3 +213,23 @@ def test_a_worker_killed_in_the_middle_of_a_copy(address: str) -> None:
                     front.send({"x": noise(32 * MIB, seed)}, to="near")
                 until(lambda: not front.peers, "it is gone")
             until(lambda: front.statistics()["backend"]["shm"]["ring"].live == 0, "the ring is empty")
+
+
+ENDS_WHILE_COPYING = """
+import torch
+import transport
+
+source = torch.ones(256 << 20, dtype=torch.uint8).pin_memory()
+place = torch.empty_like(source, device="cuda")
+for _ in range(8):  # some 40 ms
+    transport.copy_in(place, 0, source.numpy(), transport.copies_from_host(0))
+"""
+
+
+@pytest.mark.parametrize("time", range(3))
+def test_a_process_ends_in_peace_while_its_copies_are_under_way(time: int) -> None:
+    """The thread that waits for them is a daemon; torch's own wait aborted the process nearly each time."""
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDS_WHILE_COPYING], capture_output=True, text=True, timeout=WAIT, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
