@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
@@ -10,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 import transport
 from bench.floor import TIMEOUT, pair
 from bench.harness import Result, Row, number
 from bench.part import Json, Report, WrongAnswerError
 from bench.report import FAILED, Benchmark, Grid, figure
+from engine import Engine, EngineConfig
 
-WAYS = ("blocking", "asyncio", "zmq")
+WAYS = ("blocking", "asyncio", "engine", "zmq")
 SECONDS, QUICK_SECONDS = 10.0, 2.0
 NBYTES = 1 << 20
 AIM = 1.0  # percent of one core
@@ -26,20 +29,23 @@ _STOP = b"stop"
 METHOD = f"""\
 A front end sends a worker a tensor of {NBYTES >> 20} MiB through the ring and gets its sum back, so that
 they are linked and the worker is admitted. Then both wait in receive for {SECONDS:g} s in which nothing
-comes, in blocking calls or in an event loop; "zmq" is the baseline, two bare sockets in poll. CPU is that
-of all threads of the process (user and system, CLOCK_PROCESS_CPUTIME_ID, which has no ticks), in percent
-of one core. Figures: median [lowest..highest round]."""
+comes, in blocking calls or in an event loop; "engine" is an Engine that has encoded a photograph and is
+asked for nothing more, and its rank; "zmq" is the baseline, two bare sockets in poll. CPU is that of all
+threads of the process (user and system, by its CPU clock, which has no ticks), in percent of one core.
+Figures: median [lowest..highest round]."""
 
 
 class _Meter:
-    """CPU of this process since now."""
+    """CPU of a process since now, of all its threads."""
 
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.monotonic(), time.process_time()
+    def __init__(self, pid: int) -> None:
+        self._clock = ~pid << 3 | 2  # as clock_getcpuclockid makes it, which Python does not have
+        self._wall, self._cpu = time.monotonic(), time.clock_gettime(self._clock)
 
     def percent(self) -> float:
         """CPU seconds per second, times 100."""
-        return 100 * (time.process_time() - self._cpu) / (time.monotonic() - self._wall)
+        cpu = time.clock_gettime(self._clock) - self._cpu
+        return 100 * cpu / (time.monotonic() - self._wall)
 
 
 def front(folder: Path, *, column: str, seconds: float) -> Report:
@@ -48,7 +54,7 @@ def front(folder: Path, *, column: str, seconds: float) -> Report:
         with closing(pair(f"ipc://{folder}/idle", bind=True)) as socket:
             socket.send(b"%d" % NBYTES)
             verified = int(socket.recv()) == NBYTES
-            meter = _Meter()
+            meter = _Meter(os.getpid())
             if socket.poll(int(seconds * 1000)):
                 raise WrongAnswerError(f"{socket.recv()!r} came in the idle time")
             percent = meter.percent()
@@ -74,7 +80,7 @@ def worker(folder: Path, *, column: str, seconds: float) -> Report:
     if column == "zmq":
         with closing(pair(f"ipc://{folder}/idle", bind=False)) as socket:
             socket.send(socket.recv())
-            meter = _Meter()
+            meter = _Meter(os.getpid())
             socket.poll(int(patience * 1000))
             percent = meter.percent()
             if socket.recv() != _STOP:
@@ -92,7 +98,7 @@ def worker(folder: Path, *, column: str, seconds: float) -> Report:
 
 def _idle(column: str, endpoint: transport.Endpoint, seconds: float, *, until: bytes | None = None) -> float:
     """Percent of CPU in a receive of `seconds`, in which nothing comes, or `until` and nothing else."""
-    meter = _Meter()
+    meter = _Meter(os.getpid())
     try:
         if column == "asyncio":
             body = asyncio.run(_awaited(endpoint.receive_async, seconds))
@@ -112,10 +118,28 @@ async def _awaited(receive: Callable[..., Awaitable[transport.Message]], seconds
     return (await receive(timeout=seconds)).body
 
 
+def engine(_folder: Path, *, column: str, seconds: float) -> Report:
+    """Both of an engine and its rank, while nobody asks for anything."""
+    photograph = Image.new("RGB", (280, 280), "orange")
+    with Engine(EngineConfig(data_parallel_size=1, device="cpu")) as engine_:
+        (result,) = engine_.encode([photograph])
+        if result.error:
+            raise WrongAnswerError(result.error)
+        (rank,) = engine_.peers
+        meters = {"front": _Meter(os.getpid()), "worker": _Meter(rank.pid)}
+        time.sleep(seconds)
+        values: dict[str, Json] = {name: meter.percent() for name, meter in meters.items()}
+    return Report(values=values, expected=1, verified=1)
+
+
 def _rows(quick: bool) -> list[Row]:
     seconds = QUICK_SECONDS if quick else SECONDS
-    parts = {"front": "bench.idle:front", "worker": "bench.idle:worker"}
-    return [Row(name=way, parts=parts, arguments={"column": way, "seconds": seconds}) for way in WAYS]
+    return [Row(name=way, parts=_parts(way), arguments={"column": way, "seconds": seconds}) for way in WAYS]
+
+
+def _parts(way: str) -> dict[str, str]:
+    names = ["engine"] if way == "engine" else ["front", "worker"]
+    return {name: f"bench.idle:{name}" for name in names}
 
 
 def _figure(name: str) -> Callable[[Mapping[str, Json]], float]:

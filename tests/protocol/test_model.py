@@ -94,6 +94,7 @@ LARGE = [
     ("generations=2 hand_ons=2 kills=2 restarts=2", 370_000),
     ("slots=2 hand_ons=1 kills=1 restarts=1 losses=1 doubles=1", 2_900_000),
     ("slots=2 columns=3 readers=2 kills=1 restarts=1 losses=1 doubles=1", 560_000),
+    ("slots=2 columns=3 readers=2 hand_ons=1 kills=1 restarts=1 losses=1 doubles=1", 7_900_000),
 ]
 
 
@@ -218,3 +219,6 @@ def test_every_reachable_state_of_a_large_model_is_right(options: str, floor: in
     assert not result.violation, f"\n{result}"
     assert result.complete
     assert result.states > floor
+    seen = {"hand_ons": "hands", "losses": "LOST", "doubles": "DOUBLED", "restarts": "starts|reaches another"}
+    wanted = "|".join(["SIGKILL", *(words for option, words in seen.items() if option in options)])
+    assert not _uncovered(result.kinds, wanted)
