@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from bench import channel, machine, memory, payload, report, ring, table, ways
 from bench.__main__ import BENCHMARKS
+from bench.__main__ import main as command
 from bench.harness import Outcome, Result, Row, run
 from bench.part import Json, WrongAnswerError
 from bench.report import FAILED
@@ -262,9 +264,12 @@ def test_slices_are_shown_and_drawn_without_measuring_again(name: str, tmp_path:
     slices = tmp_path / "slices.json"
     report.write_json(slices, name, machine.describe(), BENCHMARKS[name], results)
     # In a process of its own: matplotlib keeps its fonts' files open.
-    command = [sys.executable, "-m", "bench", name, "--quick", "--rounds", "0", "--add", str(slices)]
+    arguments = ["-m", "bench", name, "--quick", "--rounds", "0", "--add", str(slices)]
     shown = subprocess.run(
-        [*command, "--figures", tmp_path / "drawn"], capture_output=True, text=True, check=True
+        [sys.executable, *arguments, "--figures", str(tmp_path / "drawn")],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert FAILED not in shown.stdout
     drawn = list((tmp_path / "drawn").iterdir())
@@ -273,7 +278,6 @@ def test_slices_are_shown_and_drawn_without_measuring_again(name: str, tmp_path:
 
 
 def test_row_that_is_not_there_is_refused_with_those_that_are() -> None:
-    command = [sys.executable, "-m", "bench", "scale", "--rows", "leases,nonsense"]
-    refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
+    refused = CliRunner().invoke(command, ["scale", "--rows", "leases,nonsense"])
+    assert refused.exit_code == 2
     assert "nonsense: there is only leases, peers, readers, ring MiB, tensors" in refused.stderr

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from bench import report, vllm_hops
 from bench.__main__ import _chosen
+from bench.__main__ import main as command
 from bench.harness import ROOT, Outcome, Result, Row, run
 from bench.hops import asking, events, hooks, measure
 from bench.part import Json, WrongAnswerError
@@ -321,10 +323,10 @@ def test_wrong_outputs_end_with_status_1(tmp_path: Path) -> None:
         report.write_json(
             file, "vllm", {"date": "", "load": "", "command": ""}, vllm_hops.BENCHMARK, [stock, ours]
         )
-        command = [sys.executable, "-m", "bench", "vllm", "--layouts", "8x4,1x32", "--rounds", "0"]
-        shown = subprocess.run([*command, "--add", str(file)], capture_output=True, text=True, check=False)
+        arguments = ["vllm", "--layouts", "8x4,1x32", "--rounds", "0", "--add", str(file)]
+        shown = CliRunner().invoke(command, arguments)
         assert ("OUTPUTS DIFFER" in shown.stdout) == (name == "other")
-        assert shown.returncode == expected, shown.stderr
+        assert shown.exit_code == expected, shown.output
         assert bool(json.loads(file.read_text())["wrong"]) == (name == "other")
 
 
