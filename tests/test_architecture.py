@@ -49,6 +49,10 @@ RANKS: dict[str, list[set[str]]] = {
         {"receiving"},
         {"exchange"},
         {"endpoint"},
+        {"conformance.samples"},
+        {"conformance.peers"},
+        {"conformance.pair"},
+        {"conformance.suite"},
         {"conformance"},
     ],
     "engine": [
@@ -102,7 +106,7 @@ MORE_LIBRARIES = {
     "shm.shares": {"numpy"},
     "shm.writer": {"numpy"},
     "transport.bulk.tls": {"cryptography"},  # an extra
-    "transport.conformance": {"pytest"},  # for third parties' tests; nothing of the package imports it
+    "transport.conformance.suite": {"pytest"},  # for third parties' tests; nothing of the package imports it
 }
 
 # They run code from data, or clean up behind our back: a resource tracker removes what others still use.

@@ -1,273 +1,41 @@
-"""The conformance suite: what every backend must do, for our own and for those of third parties.
-
-Derive a class in a test file of your own and run pytest (`pip install tensorferry[test]`):
-
-    from transport.conformance import BackendConformance
-
-    class TestMine(BackendConformance):
-        backend = "mine"
-
-The peers are real: processes of their own, started by a fork server that has imported tensorferry and
-nothing else, so that each costs milliseconds. Nothing of the package itself imports this module.
-"""
+"""The suite itself: what every backend must do."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import multiprocessing
 import os
 import random
-import select
 import shutil
 import signal
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
 from functools import partial
-from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from typing import Any, ClassVar
 
-import msgspec
 import numpy as np
 import pytest
 import torch
 
-from transport import registry
-from transport.backends.base import Bytes, Inbound, Outbound, Parcel, Peer, Proof, Refusal
+from transport.backends.base import Parcel, Peer, Proof, Refusal
 from transport.config import TransportConfig
-from transport.endpoint import Endpoint, connect, listen
-from transport.errors import Full, PeerGone, ProtocolError, Timeout
+from transport.conformance.pair import Both, Broken, repeated
+from transport.conformance.peers import WAIT, Pumped, acknowledged, joined, left, serving, warm_up
+from transport.conformance.samples import (
+    Note,
+    Request,
+    digest,
+    mutated,
+    noise,
+    raw,
+    raw_tensor,
+    same,
+    tensors,
+)
+from transport.endpoint import Endpoint, listen
+from transport.errors import Full, PeerGone, ProtocolError
 from transport.received import Message
-from transport.tensors import Source, concat, source_of, stack
-
-WAIT = 30.0  # seconds; a test never takes as long, except where it fails
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["transport.conformance"])
-
-_TORCH = "bool uint8 int8 int16 int32 int64 uint16 uint32 uint64 float16 bfloat16 float32 float64 complex32"
-_TORCH += " complex64 complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
-TORCH_DTYPES = [getattr(torch, name) for name in _TORCH.split() if hasattr(torch, name)]
-NUMPY_DTYPES = [
-    "|b1",
-    "|i1",
-    "<u2",
-    ">u2",
-    "<i4",
-    ">i8",
-    "<f2",
-    "<f4",
-    ">f8",
-    "<c8",
-    "<c16",
-    "<M8[ns]",
-    "<U3",
-    "|S5",
-]
-
-
-class Request(msgspec.Struct):
-    """A typed body."""
-
-    id: str
-    pixels: torch.Tensor
-    grid: list[int]
-
-
-@dataclasses.dataclass
-class Note:
-    """A body that is a dataclass, to be sent."""
-
-    mask: Any
-    text: str
-
-
-# ------------------------------------------------------------------------------------ peers
-
-
-def prepare() -> None:
-    """Start the fork server now, so that no single test is charged for it."""
-    ensure_running()
-
-
-@contextmanager
-def running(function: Callable[..., None], *arguments: object) -> Iterator[BaseProcess]:
-    """A process that calls a module-level function; killed at the end if it has not ended by then."""
-    process = _PROCESSES.Process(target=function, args=arguments, daemon=True)
-    process.start()
-    try:
-        yield process
-    finally:
-        if process.is_alive():
-            process.kill()
-        process.join()
-        process.close()
-
-
-def serve(address: str, name: str, options: Mapping[str, Any], own: Sequence[str] = ()) -> None:
-    """The life of a peer: do what each message says until the other side is gone."""
-    config = TransportConfig(**options)
-    held: list[Message] = []
-    with connect(address, name=name, config=config, listen=own, timeout=WAIT) as endpoint:
-        while True:
-            try:
-                message = endpoint.receive(timeout=WAIT)
-            except PeerGone:
-                return
-            body = message.body
-            match body["do"]:
-                case "echo":
-                    endpoint.send({"value": body["value"]}, to=message.sender, timeout=WAIT)
-                case "sum":
-                    endpoint.send(digest(body["value"]), to=message.sender, timeout=WAIT)
-                case "hold":
-                    held.append(message)
-                case "drop":
-                    held.clear()
-                case "held":
-                    values = [digest(other.body["value"]) for other in held]
-                    endpoint.send(values, to=message.sender, timeout=WAIT)
-                case "stop":
-                    return
-                case "forward":
-                    endpoint.forward(message, to=body["to"], timeout=WAIT)
-            del message, body
-
-
-@contextmanager
-def serving(front: Endpoint, name: str, options: Mapping[str, Any], *own: str) -> Iterator[BaseProcess]:
-    """A process that serves `front` under this name; at the end it is asked to go, if it is there still."""
-    with running(serve, front.addresses[-1], name, options, own) as process:
-        front.wait_for_peers({name}, timeout=WAIT)
-        yield process
-        with suppress(PeerGone):
-            front.send({"do": "stop"}, to=name)
-        process.join(WAIT)
-
-
-def digest(tensor: Any) -> int:
-    """A number that tells wrong, moved and missing bytes, of a tensor's bytes in C order."""
-    data = raw(tensor)
-    weights = np.arange(1, data.size + 1, dtype=np.uint64)
-    return int((data * weights).sum(dtype=np.uint64)) ^ data.size
-
-
-def raw(tensor: Any) -> Bytes:
-    """The bytes of a tensor or array in C order, uint8 [nbytes]."""
-    source = source_of(tensor)
-    assert source is not None
-    buffer = np.empty(source.nbytes, np.uint8)
-    source.fill(buffer)
-    return buffer
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two tensors have the same library, dtype, shape and bytes."""
-    return (
-        isinstance(one, torch.Tensor) == isinstance(other, torch.Tensor)
-        and one.dtype == other.dtype
-        and tuple(one.shape) == tuple(other.shape)
-        and bool(np.array_equal(raw(one), raw(other)))
-    )
-
-
-def noise(nbytes: int, seed: int = 1) -> torch.Tensor:
-    """Random bytes, torch.uint8 [nbytes]."""
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8))
-
-
-@contextmanager
-def joined(front: Endpoint, name: str, config: TransportConfig, *others: str) -> Iterator[Endpoint]:
-    """An endpoint of this process that is linked with `front`, and with who listens at the other addresses.
-
-    An endpoint does nothing between calls: `front` has to wait for the peer while the peer connects.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        addresses = [*others, front.addresses[-1]]
-        connecting = pool.submit(connect, addresses, name=name, config=config, timeout=WAIT)
-        front.wait_for_peers({name}, timeout=WAIT)
-        endpoint = connecting.result(WAIT)
-    with endpoint:
-        yield endpoint
-
-
-class Pumped:
-    """An endpoint of this process whose messages a thread takes, into a list."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
-        self.messages: list[Message] = []
-        self._more = threading.Condition()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                message = self.endpoint.receive(timeout=0.02)
-            except Timeout:
-                continue
-            except PeerGone:
-                self._stop.wait(0.02)
-                continue
-            with self._more:
-                self.messages.append(message)
-                self._more.notify_all()
-            del message
-
-    def next(self) -> Message:
-        """The oldest message, waited for."""
-        with self._more:
-            assert self._more.wait_for(lambda: self.messages, WAIT), "nothing came"
-            return self.messages.pop(0)
-
-    def stop(self) -> None:
-        """Take no more."""
-        self._stop.set()
-        self._thread.join()
-        self.messages.clear()
-
-
-def _tensors() -> dict[str, Any]:
-    """Tensors of every dtype and every layout, by what is special about them."""
-    bits = noise(240)
-    found: dict[str, Any] = {
-        str(dtype): bits.view(dtype).view(3, -1) for dtype in TORCH_DTYPES if dtype != torch.bool
-    }
-    found["torch.bool"] = bits > 127
-    for dtype in NUMPY_DTYPES:
-        plain = np.arange(60).astype(np.int64)
-        found[f"numpy {dtype}"] = (plain.view("<M8[ns]") if "M8" in dtype else plain.astype(dtype)).reshape(
-            4, 15
-        )
-    matrix = torch.arange(24, dtype=torch.float32).reshape(4, 6)
-    found |= {
-        "0-d": torch.tensor(3.5, dtype=torch.float64),
-        "numpy 0-d": np.array(7, np.int16),
-        "empty": torch.empty(0, 5, dtype=torch.bfloat16),
-        "numpy empty": np.empty((3, 0), np.float32),
-        "transposed": matrix.T,
-        "stepped": matrix[::2, ::3],
-        "expanded": matrix[:1].expand(5, 6),
-        "backwards": np.arange(20)[::-2],
-        "fortran": np.asfortranarray(np.arange(12.0).reshape(3, 4)),
-        "conjugate": torch.randn(5, dtype=torch.complex64, generator=torch.Generator().manual_seed(1)).conj(),
-        "negated": torch.randn(5, dtype=torch.complex64, generator=torch.Generator().manual_seed(2))
-        .conj()
-        .imag,
-        "with gradient": torch.ones(3, requires_grad=True),
-        "parameter": torch.nn.Parameter(torch.arange(4.0)),
-        "1 MiB and a bit, strided": noise((1 << 20) + 6).view(2, -1).T,
-    }
-    return found
-
-
-# ------------------------------------------------------------------------------------ the suite
+from transport.tensors import concat, stack
 
 
 class BackendConformance:
@@ -334,7 +102,7 @@ class BackendConformance:
 
     @pytest.mark.usefixtures("peer")
     def test_every_dtype_and_layout_arrives_bit_for_bit(self, front: Endpoint) -> None:
-        sent = _tensors()
+        sent = tensors()
         came = self.echoed(front, sent)
         assert came.keys() == sent.keys()
         wrong = [name for name, tensor in sent.items() if not same(tensor, came[name])]
@@ -343,7 +111,7 @@ class BackendConformance:
     @pytest.mark.usefixtures("peer")
     def test_one_at_a_time_as_well(self, front: Endpoint) -> None:
         for name in ("0-d", "empty", "transposed", "torch.bfloat16", "numpy >i8", "1 MiB and a bit, strided"):
-            tensor = _tensors()[name]
+            tensor = tensors()[name]
             assert same(self.echoed(front, tensor), tensor), name
 
     @pytest.mark.usefixtures("peer")
@@ -722,108 +490,3 @@ class BackendConformance:
         both.close()
         both.close()
         assert view.tobytes() == raw(noise(100_000)).tobytes()
-
-
-class Both:
-    """An outbound and the inbounds for it, introduced to each other without endpoints."""
-
-    def __init__(self, config: TransportConfig) -> None:
-        self.outbound: Outbound = registry.load(config.backend).outbound(config)
-        self.inbounds: dict[str, Inbound] = registry.inbounds(config)
-        self.peer = Peer(1, "reader", os.getpid())
-        self.offered = b""
-        if self.outbound.wants_offer(self.peer, [1 << 20]):
-            inbound = self.inbounds[self.outbound.reads(self.peer)]
-            self.offered = self.outbound.offer(self.peer)
-            reason = self.outbound.admit(self.peer, inbound.accept(self.peer, self.offered, "reader"))
-            assert not reason
-            inbound.settle(self.peer, reason)
-            deadline = time.monotonic() + WAIT
-            while not self.outbound.serves(self.peer):  # a connection may still be made
-                assert time.monotonic() < deadline, self.outbound.explain(self.peer)
-                time.sleep(0.001)
-            deadline = time.monotonic() + WAIT
-            while not self.outbound.serves(self.peer):  # a connection may still be made
-                assert time.monotonic() < deadline, self.outbound.explain(self.peer)
-                time.sleep(0.001)
-
-    def put(
-        self, tensors: Sequence[Any], *, timeout: float, poll: Callable[[], object] = lambda: None
-    ) -> Parcel:
-        sources = [source for source in map(source_of, tensors) if source is not None]
-        parcel = self.outbound.put(sources, [self.peer], timeout=timeout, poll=poll)
-        parcel.fill()
-        return parcel
-
-    def send(self, tensors: Sequence[Any]) -> tuple[Parcel, list[Bytes]]:
-        parcel = self.put(tensors, timeout=1.0)
-        load = parcel.load(self.peer)
-        views = [
-            self.inbounds[name].open(self.peer, handle, tensor.nbytes, load.frames)
-            for (name, handle), tensor in zip(load.handles, tensors, strict=True)
-        ]
-        return parcel, views
-
-    def close(self) -> None:
-        self.outbound.close()
-        for inbound in self.inbounds.values():
-            inbound.close()
-
-
-class Broken(Source):
-    """A source whose bytes cannot be read."""
-
-    def __init__(self, nbytes: int) -> None:
-        whole = source_of(torch.empty(nbytes, dtype=torch.uint8))
-        assert whole is not None
-        super().__init__(whole.spec, nbytes, whole.tensor)
-
-    def fill(self, destination: Bytes, **options: Any) -> None:
-        raise RuntimeError(f"broken source of {destination.nbytes} bytes, {options}")
-
-
-def warm_up(front: Endpoint, near: Pumped) -> None:
-    """Let the first tensor through, so that whoever must prove something has."""
-    front.send({"value": noise(300_000)}, to=near.endpoint.name)
-    near.next()
-
-
-def acknowledged(front: Endpoint, timeout: float = 10.0) -> None:
-    """Until what peers have said that they took is known here."""
-    deadline = time.monotonic() + timeout
-    while any(peer.unacknowledged for peer in front.peers):
-        assert time.monotonic() < deadline, f"never acknowledged: {front.peers}"
-        select.select([front], [], [], 0.01)
-
-
-def left(front: Endpoint, timeout: float = 10.0) -> None:
-    """Until it is known here that every peer has left."""
-    deadline = time.monotonic() + timeout
-    while front.peers:
-        assert time.monotonic() < deadline, f"still there: {front.peers}"
-        select.select([front], [], [], 0.01)
-
-
-def repeated(call: Callable[[], object], times: int = 5000) -> None:
-    """Call until it raises, which it must before so many times."""
-    for _ in range(times):
-        call()
-
-
-def raw_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor as one, torch.uint8 [nbytes]."""
-    return torch.from_numpy(raw(tensor))
-
-
-def mutated(data: bytes, chance: random.Random) -> bytes:
-    """Some bytes changed, cut or added."""
-    changed = bytearray(data)
-    for _ in range(chance.randrange(1, 4)):
-        match chance.randrange(4):
-            case 0 if changed:
-                del changed[chance.randrange(len(changed)) :]
-            case 1:
-                changed += chance.randbytes(chance.randrange(1, 9))
-            case _ if changed:
-                changed[chance.randrange(len(changed))] = chance.randrange(256)
-    return bytes(changed)
