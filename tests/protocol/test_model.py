@@ -40,7 +40,6 @@ COMPLETE = [
     ("slots=2 hand_ons=1 kills=1 restarts=1", 78_000, "hands|SIGKILL|starts|stays"),
     ("slots=2 generations=2 hand_ons=1", 38_000, "commits|hands|gives the bytes"),
     ("slots=2 columns=3 readers=2 hand_ons=1 kills=1 restarts=1", 198_000, "hands|SIGKILL|starts|dropped"),
-    ("slots=2 columns=3 hand_ons=1 kills=1", 124_000, "hands|SIGKILL|notices|ends its link"),
     ("columns=3 hand_ons=3", 15_000, "hands|stays|shares"),
     ("columns=3 hand_ons=2 kills=1 restarts=1", 70_000, "hands|SIGKILL|starts|dropped"),
     (
