@@ -6,6 +6,7 @@ Nothing spins; who waits sleeps in epoll.
 
 from __future__ import annotations
 
+import _thread
 import os
 import secrets
 import threading
@@ -42,6 +43,7 @@ _DRAIN = 64
 _READ_AT_AN_END = 64  # rounds
 _CONNECTION_OUTLIVES_LOCK = 1.0  # seconds that what a dying peer still sent may take to come
 _PUMP_MAY_TAKE = 10.0
+_CLOSE_MAY_TAKE = 1.0  # seconds beside `linger`
 _SUSPECT_FOR, _SUSPECT_NAP = 1.0, 0.01
 
 
@@ -71,7 +73,9 @@ class Exchange:
         self._looked = 0.0
         self._announced: set[int] = set()
         self._pumping = threading.Lock()
-        self._abandoned = weakref.finalize(self, _abandon, self._pid, self.wire, outbound, inbounds)
+        self._abandoned = weakref.finalize(
+            self, _abandon, self._pid, config.linger, self.wire, outbound, inbounds
+        )
 
     def check(self) -> None:
         """`Closed` unless this endpoint is open and this process made it."""
@@ -358,13 +362,34 @@ class Exchange:
         self.dropped[reason] += 1
 
 
-def _abandon(pid: int, wire: Wire, outbound: Outbound, inbounds: Mapping[str, Inbound]) -> None:
-    """An endpoint was dropped, or the interpreter exits, without `close`: leave no name and no socket."""
-    if os.getpid() == pid:
-        outbound.close()
-        for inbound in inbounds.values():
-            inbound.close()
-        wire.close()
+def _abandon(
+    pid: int, linger: float, wire: Wire, outbound: Outbound, inbounds: Mapping[str, Inbound]
+) -> None:
+    """An endpoint was dropped, or the interpreter exits, without `close`: leave no name and no socket.
+
+    A collection may run in any thread, in the middle of anything and under any lock, also in a thread of
+    these very parts. So another thread closes them, and is waited for as long as that takes by itself.
+    """
+    if os.getpid() != pid:
+        return
+    closed = threading.Lock()
+    closed.acquire()
+
+    def close() -> None:
+        try:
+            outbound.close()
+            for inbound in inbounds.values():
+                inbound.close()
+            wire.close()
+        finally:
+            closed.release()
+
+    try:
+        # Not `threading.Thread`, which takes locks that who was interrupted may hold.
+        _thread.start_new_thread(close, ())
+    except RuntimeError:  # there can be no more threads
+        close()
+    closed.acquire(timeout=linger + _CLOSE_MAY_TAKE)
 
 
 def _is_one_peer(link: Link) -> bool:

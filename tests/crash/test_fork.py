@@ -1,4 +1,4 @@
-"""Children, and collections in the middle of any call: nothing of the parent's is released or kept."""
+"""Children: nothing of the parent's is released or kept."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ import transport
 from tests.crash.harness import (
     WAIT,
     Stage,
-    Steps,
     config,
     digest,
     folder,
@@ -30,7 +28,7 @@ from tests.crash.harness import (
     until,
 )
 from tests.forks import raw_fork, reap
-from transport import Closed, PeerGone, Timeout
+from transport import Closed
 
 ROOT = Path(__file__).parents[2]
 _MISUSED: list[Callable[[], None]] = []  # what a child is to do; inherited by it
@@ -188,76 +186,3 @@ def test_an_interpreter_that_forked_ends(address: str) -> None:
             assert (process.returncode, said) == (0, "")
             assert segments_of({process.pid}) == []
             assert message.body["bytes"].all()
-
-
-# ------------------------------------------------------------------------------------ collections
-
-
-class Collecting(Steps):
-    """A trace that collects garbage at every step, whatever is locked there."""
-
-    def __call__(self, event: str, now: int, fields: Mapping[str, object]) -> None:
-        super().__call__(event, now, fields)
-        gc.collect()
-
-
-def litter(*things: object) -> None:
-    """Leave things to the garbage collector alone."""
-    cycle: list[object] = [*things]
-    cycle.append(cycle)
-
-
-def echo_and_litter(address: str) -> None:
-    """Answer with a loan; messages, loans and whole endpoints end in garbage, in the middle of calls."""
-    gc.freeze()  # what was there before is no garbage, and need not be looked through each time
-    gc.set_threshold(20, 1, 1)
-    with transport.connect(address, name="peer", config=config(Collecting()), timeout=WAIT) as endpoint:
-        for number in range(sys.maxsize):
-            try:
-                message = endpoint.receive(timeout=WAIT)
-            except PeerGone:
-                return
-            data = message.body["bytes"]
-            with endpoint.loan(data.shape, np.uint8) as out:
-                out[:] = data
-                endpoint.send({"bytes": out}, to="front")
-            if number % 10 == 0:
-                lost = transport.Endpoint("lost", config())
-                with lost.loan((1000,), np.uint8) as other:
-                    litter(lost, other)
-                del lost, other
-            litter(message, data, out)
-            del message, data, out
-
-
-@pytest.fixture
-def young() -> Iterator[None]:
-    """Collections look through what this test made and nothing else, so that there can be many."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("young")
-def test_a_collection_in_the_middle_of_any_call() -> None:
-    """Finalizers of views, loans and endpoints run under every lock there is, and wait for none."""
-    trace = Collecting()
-    with folder() as path, ExitStack() as peers:
-        with transport.listen(Stage(path).address("front"), config=config(trace)) as front:
-            peer = peers.enter_context(running(echo_and_litter, front.addresses[0]))
-            front.wait_for_peers({"peer"}, timeout=WAIT)
-            for number in range(60):
-                size = 1000 + 997 * (number % 50)
-                front.send({"bytes": pattern(number, size)}, to="peer")
-                message = front.receive(timeout=WAIT)
-                assert digest(message.body["bytes"]) == digest(pattern(number, size))
-                litter(message)
-                del message
-            with pytest.raises(Timeout):
-                front.receive(timeout=0.1)
-            until(lambda: not front.statistics()["backend"]["ring"].live, "all space comes back")
-        peer.join(WAIT)
-        assert peer.exitcode == 0
-        assert segments_of({peer.pid or 0}) == []
-    assert {"ring.closing", "ring.opening", "ring.opened", "send.put"} <= set(trace.events)
