@@ -12,6 +12,7 @@ import torch
 
 import shm
 import transport
+from transport.backends.shm import ShmOutbound
 from transport.conformance import WAIT, Pumped, digest, joined, noise, same, serving
 
 MIB = 1 << 20
@@ -148,6 +149,16 @@ def test_a_loan_outlives_its_endpoint(front: transport.Endpoint) -> None:
         assert int(out.sum(dtype=torch.int64)) == 5 * MIB
         out[:] = 6
     assert int(out[-1]) == 6
+
+
+def test_nobody_makes_a_ring_that_was_closed_before() -> None:
+    """As in a thread that is in the middle of a loan when another one closes the endpoint."""
+    outbound = ShmOutbound(CONFIG)
+    outbound.close()
+    with pytest.raises(transport.TransportError):
+        outbound.lend(MIB, 0.0, lambda: None)
+    assert not outbound.can_be()
+    assert "ring" not in outbound.statistics()
 
 
 def test_without_room_it_is_a_plain_tensor(front: transport.Endpoint, near: Pumped) -> None:

@@ -74,6 +74,7 @@ class ShmOutbound(Outbound):
         self.exporter = Exporter(config.device_pool_bytes)
         self._tensors = self._nbytes = 0
         self._threads = config.threads
+        self._closed = False
 
     # -------------------------------------------------------------- who may read
 
@@ -162,8 +163,10 @@ class ShmOutbound(Outbound):
     # -------------------------------------------------------------- tensors
 
     def ring(self) -> shm.RingWriter:
-        """The ring, made now if need be. `shm.NoSpace` when /dev/shm can never hold it."""
+        """The ring, made now if need be. `shm.NoSpace` when /dev/shm can never hold it, `shm.RingClosed`."""
         with self._making:
+            if self._closed:  # by another thread, and what is made now nobody would close
+                raise shm.RingClosed("this end is closed")
             if self._writer is None:
                 config = self.config
                 shm.sweep()
@@ -206,7 +209,7 @@ class ShmOutbound(Outbound):
         """Whether there is a ring, or one can be made."""
         try:
             self.ring()
-        except shm.NoSpace:
+        except (shm.NoSpace, shm.RingClosed):
             return False
         return True
 
@@ -396,6 +399,8 @@ class ShmOutbound(Outbound):
         return figures
 
     def close(self) -> None:
+        with self._making:
+            self._closed = True
         for ring in (self._writer, *self._older):
             if ring is not None:
                 ring.close()
