@@ -11,6 +11,7 @@ of `take` here. `engine/vllm/roles.py` says who keeps what alive meanwhile.
 
 from __future__ import annotations
 
+import _thread
 import copyreg
 import functools
 import logging
@@ -107,13 +108,19 @@ def _link(client: Any, settings: Settings) -> None:
         _log.warning("tensorferry: mm_tensor_ipc carries the tensors already; take direct_rpc")
         return
     front = Front(settings, _address_of(client.input_socket))
-    weakref.finalize(client, front.close)
+    leave_with(client, front)
     consumer = _consumer(front)
     there = front.wait_for(engines[: parallel.data_parallel_size_local], _READY_TIMEOUT)
     _log.info("tensorferry: engines %s of %s map the ring", there, engines)
     client.encoder.oob_tensor_consumer = consumer
     client._tensorferry = front
     _fronts.add(front)
+
+
+def leave_with(client: object, front: Front) -> None:
+    """Close the front end when the client is gone; at the end of the process it closes by itself."""
+    # In a thread of its own: the collection of the client may run in one of the front's, under its locks.
+    weakref.finalize(client, _thread.start_new_thread, front.close, ()).atexit = False
 
 
 def _has_tensors(vllm_config: Any) -> bool:

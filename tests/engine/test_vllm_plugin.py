@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copyreg
+import gc
 import logging
 import os
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ import pytest
 import torch
 
 import shm
+import transport
 from engine import vllm_plugin
 from engine.vllm import check
-from engine.vllm.roles import Core
+from engine.vllm.roles import Core, Front
+from engine.vllm.settings import front_address, settings_of
 from tests.engine.processes import ROOT, ran
 
 
@@ -52,6 +56,37 @@ def test_a_client_that_is_not_as_known_is_left_alone_and_said(caplog: pytest.Log
     vllm_plugin._client_made(made, client, config)
     assert client.vllm_config is config
     assert "has no attribute 'engine_ranks_managed'; tensors go vLLM's way" in caplog.text
+
+
+class _Client:
+    """As an `MPClient`, a thing that leads to itself."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_a_client_is_collected_in_a_thread_of_its_front_end(
+    address: str, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a call, under a lock: the front end leaves all the same, and its peers are told."""
+    monkeypatch.setattr("engine.vllm.settings.tempfile.gettempdir", lambda: str(short_path))
+    given = settings_of({"tensorferry": {"ring_bytes": 16 << 20}})
+    assert given is not None
+
+    def collect(event: str, now: int, fields: object) -> None:
+        if event == "receive.opening":
+            gc.collect()
+
+    front = Front(replace(given, transport=replace(given.transport, trace=collect)), address)
+    gc.disable()  # nobody else may collect it
+    try:
+        vllm_plugin.leave_with(_Client(), front)
+        with transport.connect(front_address(address), name="engine0", timeout=30) as engine:
+            engine.send({"rows": []})
+            with pytest.raises(transport.PeerGone):
+                engine.receive(timeout=30)
+    finally:
+        gc.enable()
 
 
 class _Gone(Core):
@@ -127,6 +162,7 @@ def test_doctor_says_that_there_is_no_vllm(monkeypatch: pytest.MonkeyPatch) -> N
 _LEAVES_A_CHILD = """
 import multiprocessing, os, signal, sys, time
 import shm
+import transport
 from engine import vllm_plugin
 
 def ring(address, ready):
