@@ -10,15 +10,17 @@ from tests.crash.stress import faults, perform
 
 
 @pytest.mark.parametrize(
-    ("seconds", "processes"),
+    ("seconds", "processes", "backend"),
     [
-        pytest.param(8.0, 6, id="seconds"),
-        pytest.param(180.0, 8, id="minutes", marks=pytest.mark.stress),
+        pytest.param(8.0, 6, "auto", id="seconds"),
+        pytest.param(3.0, 4, "tcp", id="seconds-tcp"),
+        pytest.param(180.0, 8, "auto", id="minutes", marks=pytest.mark.stress),
+        pytest.param(180.0, 8, "tcp", id="minutes-tcp", marks=pytest.mark.stress),
     ],
 )
-def test_everything_dies_at_random(seconds: float, processes: int) -> None:
+def test_everything_dies_at_random(seconds: float, processes: int, backend: str) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
-    totals = perform(seconds, processes, seed)
+    totals = perform(seconds, processes, seed, backend)
     assert faults(totals) == {}, f"seed {seed}: {totals}"
     for happened in ("messages", "answers", "handed_on", "kills", "stalls"):
         assert totals[happened] > 0, f"seed {seed}: {totals}"
