@@ -1,4 +1,4 @@
-"""A play of three real processes that goes on while one of them is killed: what all crash tests are made of.
+"""Roles of a play of three real processes that goes on while one of them is killed (`tests.crash.plays`).
 
 front sends jobs (it is the writer), worker answers them and hands some on, next is whom they are handed on
 to. Each holds messages while the others come and go. Who is killed is started again under its name; the
@@ -21,10 +21,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,6 @@ from transport import PeerGone, ProtocolError, Timeout, TransportConfig
 
 WAIT = 40.0  # seconds; only a failure takes as long
 PEERS = ("worker", "next")
-ROLES = ("front", *PEERS)
 _TURN = 0.05
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["tests.crash.harness"])
@@ -102,6 +102,16 @@ def pattern(number: int, nbytes: int) -> Bytes:
 def digest(array: Bytes) -> int:
     """A checksum of an array's bytes."""
     return zlib.crc32(np.ascontiguousarray(array).data)
+
+
+def segments_of(pids: Collection[int]) -> list[str]:
+    """The segments that these processes made; others run beside, and may sweep meanwhile."""
+    found = []
+    for name in shm.names():
+        with suppress(shm.SegmentMissing):
+            if shm.describe(name).pid in pids:
+                found.append(name)
+    return found
 
 
 # ------------------------------------------------------------------------------------ traces
@@ -190,6 +200,7 @@ class Report:
     refused: list[str] = field(default_factory=list)
     answered: int = 0
     resent: int = 0
+    seen: dict[str, object] = field(default_factory=dict)  # what a play has besides
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -200,21 +211,23 @@ class Report:
             "refused": self.refused,
             "answered": self.answered,
             "resent": self.resent,
+            **self.seen,
         }
 
 
-def perform(role: str, stage: Stage, kill: Kill | None) -> None:
-    """One process of the play, from its beginning to its end."""
+Role: TypeAlias = Callable[["Stage", "Report"], None]
+"""What one process of a play does; a function of a module, or a partial of one."""
+
+
+def perform(name: str, role: Role, stage: Stage, kill: Kill | None = None) -> None:
+    """One process of a play, from its beginning to its end."""
     report = Report(Steps(kill, stage.path / "killed"))
     try:
-        if role == "front":
-            Front(stage, report).play()
-        else:
-            Peer(role, stage, report).play()
+        role(stage, report)
     except Exception:  # noqa: BLE001  # whatever it was, the director must hear of it
         report.wrong.append(traceback.format_exc())
-        print(f"[{role}] {report.wrong[-1]}", file=sys.stderr)
-    stage.report(role, report.to_json())
+        print(f"[{name}] {report.wrong[-1]}", file=sys.stderr)
+    stage.report(name, report.to_json())
 
 
 # ------------------------------------------------------------------------------------ the roles
@@ -223,8 +236,9 @@ def perform(role: str, stage: Stage, kill: Kill | None) -> None:
 class Peer:
     """worker and next: answer what comes, hold what they are told to, come back when the front does."""
 
-    def __init__(self, name: str, stage: Stage, report: Report) -> None:
+    def __init__(self, name: str, stage: Stage, report: Report, settings: TransportConfig) -> None:
         self.name = name
+        self._settings = settings
         self._stage = stage
         self._report = report
         self._held: list[tuple[transport.Message, int]] = []
@@ -233,7 +247,7 @@ class Peer:
     def play(self) -> None:
         while self._again and not self._stage.done:
             self._again = False
-            with transport.Endpoint(self.name, config(self._report.steps)) as endpoint:
+            with transport.Endpoint(self.name, self._settings) as endpoint:
                 if self.name == "next":
                     endpoint.listen(self._stage.address("next"))
                 self._serve(endpoint)
@@ -340,14 +354,15 @@ SCRIPT = (
 class Front:
     """Does the script job by job, each again for as long as those who must answer come and go."""
 
-    def __init__(self, stage: Stage, report: Report) -> None:
+    def __init__(self, stage: Stage, report: Report, settings: TransportConfig) -> None:
+        self._settings = settings
         self._stage = stage
         self._report = report
         self._steps = report.steps
 
     def play(self) -> None:
         address = self._stage.address("front")
-        with transport.listen(address, config=config(self._steps)) as self._endpoint:
+        with transport.listen(address, config=self._settings) as self._endpoint:
             for number, job in enumerate(SCRIPT, 1):
                 while not self._try(number, job):
                     self._report.resent += 1
@@ -414,114 +429,22 @@ class Front:
                 continue
 
 
-# ------------------------------------------------------------------------------------ the director
+def play_front(stage: Stage, report: Report, **changes: Any) -> None:
+    """The front, with these changes of the config."""
+    Front(stage, report, config(report.steps, **changes)).play()
 
 
-@dataclass
-class Outcome:
-    """How a play went: the reports of those who lived to its end, by role, and whether the victim died."""
-
-    killed: bool
-    reports: dict[str, list[dict[str, Any]]]
-    restarted: bool
-    pids: set[int]
-    died: int  # monotonic ns; 0: nobody
-
-    @property
-    def wrong(self) -> list[str]:
-        return [text for reports in self.reports.values() for report in reports for text in report["wrong"]]
-
-    def noticed(self, victim: str) -> dict[str, float]:
-        """After how many seconds each survivor ended its link with the victim; for people."""
-        found = {}
-        for role, reports in self.reports.items():
-            ends = [at for report in reports for at, _ in report["ended"].get(victim, ()) if at >= self.died]
-            if self.died and ends and role != victim:
-                found[role] = (min(ends) - self.died) / 1e9
-        return found
-
-    def left(self) -> list[str]:
-        """The segments that processes of this play left, which are all dead by now."""
-        return segments_of(self.pids)
+def play_peer(name: str, stage: Stage, report: Report, **changes: Any) -> None:
+    """worker or next, with these changes of the config."""
+    Peer(name, stage, report, config(report.steps, **changes)).play()
 
 
-def act(
-    plays: Mapping[str, Callable[[Stage, Kill | None], None]],
-    path: Path,
-    victim: str = "",
-    kill: Kill | None = None,
-) -> tuple[bool, Stage, set[int]]:
-    """Run a play of these roles until they end it; the victim dies at `kill` and is started again.
-
-    Whether it died, where the reports are, and the pids of all.
-    """
-    stage = Stage(path)
-    cast = {role: start(play, stage, kill if role == victim else None) for role, play in plays.items()}
-    pids = {process.pid or 0 for process in cast.values()}
-    killed = False
-    deadline = time.monotonic() + WAIT
-    try:
-        while not stage.done or any(process.is_alive() for process in cast.values()):
-            assert time.monotonic() < deadline, "the play is stuck"
-            if not killed and victim and cast[victim].exitcode == -signal.SIGKILL:
-                killed = True
-                finish(cast[victim])
-                cast[victim] = start(plays[victim], stage, None)
-                pids.add(cast[victim].pid or 0)
-            time.sleep(0.002)
-        assert {process.exitcode for process in cast.values()} == {0}
-    finally:
-        stage.end()
-        for process in cast.values():
-            finish(process)
-    return killed, stage, pids
+def cast_with(**changes: Any) -> dict[str, Role]:
+    """The roles of the play, by name."""
+    return {
+        "front": partial(play_front, **changes),
+        **{name: partial(play_peer, name, **changes) for name in PEERS},
+    }
 
 
-def segments_of(pids: Collection[int]) -> list[str]:
-    """The segments that these processes made; others run beside, and may sweep meanwhile."""
-    found = []
-    for name in shm.names():
-        with suppress(shm.SegmentMissing):
-            if shm.describe(name).pid in pids:
-                found.append(name)
-    return found
-
-
-def play(victim: str = "", kill: Kill | None = None) -> Outcome:
-    """Run the play once; the victim dies at `kill` and is started again without it, unless all is done."""
-    with folder() as path:
-        stage = Stage(path)
-        cast = {role: start(perform, role, stage, kill if role == victim else None) for role in ROLES}
-        pids = {process.pid or 0 for process in cast.values()}
-        killed = restarted = False
-        began = time.monotonic()
-        try:
-            while (victim and cast[victim].is_alive()) or not stage.done:
-                if victim and not killed and cast[victim].exitcode == -signal.SIGKILL:
-                    killed = True
-                    if not stage.done:
-                        restarted = True
-                        finish(cast[victim])
-                        cast[victim] = start(perform, victim, stage, None)
-                        pids.add(cast[victim].pid or 0)
-                assert time.monotonic() < began + 2 * WAIT, f"the play is stuck: {stage_report(stage, cast)}"
-                time.sleep(0.002)
-            for role, process in cast.items():
-                process.join(WAIT)
-                assert process.exitcode is not None, f"{role} does not end"
-                killed = killed or process.exitcode == -signal.SIGKILL
-            reports = {role: stage.reports(role) for role in ROLES}
-            note = path / "killed"
-            died = int(note.read_text()) if note.exists() else 0
-            return Outcome(killed, reports, restarted, pids, died)
-        finally:
-            stage.end()
-            for process in cast.values():
-                finish(process)
-
-
-def stage_report(stage: Stage, cast: Mapping[str, BaseProcess]) -> str:
-    """What is known of a play that does not end."""
-    codes = {role: process.exitcode for role, process in cast.items()}
-    wrong = [text for role in ROLES for report in stage.reports(role) for text in report["wrong"]]
-    return f"exit codes {codes}; {wrong}"
+CAST = cast_with()

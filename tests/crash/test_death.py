@@ -23,7 +23,7 @@ import pytest
 import shm
 import transport
 from tests.crash.harness import (
-    ROLES,
+    CAST,
     SCRIPT,
     WAIT,
     Kill,
@@ -34,12 +34,12 @@ from tests.crash.harness import (
     folder,
     pattern,
     perform,
-    play,
     running,
     segments_of,
     start,
     until,
 )
+from tests.crash.plays import play
 from tests.forks import raw_fork
 from transport import Full, PeerGone, ProtocolError, Timeout
 from transport.message import Goodbye
@@ -67,8 +67,8 @@ def test_killed(death: str) -> None:
     assert outcome.killed
     assert outcome.restarted
     assert outcome.wrong == []
-    assert set(outcome.noticed(role)) == {*ROLES} - {role}
-    for name in ROLES:
+    assert set(outcome.noticed(role)) == {*CAST} - {role}
+    for name in CAST:
         assert len(outcome.reports[name]) == 1
     answered = outcome.reports["front"][0]["answered"]
     assert answered >= sum(len(job.by) for job in SCRIPT)
@@ -133,7 +133,7 @@ def test_a_writer_dead_half_way_through_the_copy() -> None:
 def perform_in_group(role: str, stage: Stage, group: int) -> None:
     """A role of the play in the process group of the front, as in a container."""
     os.setpgid(0, group)
-    perform(role, stage, None)
+    perform(role, CAST[role], stage)
 
 
 def test_a_whole_process_group_killed_like_a_container() -> None:
@@ -155,7 +155,7 @@ def test_a_whole_process_group_killed_like_a_container() -> None:
             for process in cast:
                 finish(process)
         assert len(segments_of(pids)) == 2
-        again = [start(perform, role, stage, None) for role in ROLES]
+        again = [start(perform, name, role, stage) for name, role in CAST.items()]
         try:
             until(lambda: stage.done, "the next start works")
         finally:
@@ -164,7 +164,7 @@ def test_a_whole_process_group_killed_like_a_container() -> None:
                 process.join(WAIT)
                 finish(process)
         assert segments_of(pids) == []
-        assert [text for role in ROLES for report in stage.reports(role) for text in report["wrong"]] == []
+        assert [text for role in CAST for report in stage.reports(role) for text in report["wrong"]] == []
 
 
 # ------------------------------------------------------------------------------------ failed sends

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
 import pytest
 
-import shm
 import transport
-from tests.crash import harness
-from tests.crash.harness import Kill, Stage, Steps, pattern, segments_of
-from tests.crash.test_tcp import ask, serve
-from transport import PeerGone, Timeout
+from tests.crash.asking import ask, play_worker
+from tests.crash.harness import Report, Stage, config, pattern
+from tests.crash.plays import Play, ends_and_middle, middle
 
 # In the order in which they happen to one message; the answers have no record.
 STEPS = {
@@ -17,57 +19,35 @@ STEPS = {
     "worker": ("receive.arrived", "ring.opening", "ring.opened", "receive.opened"),
 }
 MESSAGES, NBYTES = 3, 4 << 20  # bytes; the least that is worth following
+_CONFIG: Mapping[str, Any] = {"ring_bytes": 16 << 20}
 
 
-def config(steps: Steps) -> transport.TransportConfig:
-    return harness.config(steps, ring_bytes=16 << 20)
-
-
-def play_front(stage: Stage, kill: Kill | None) -> None:
+def play_front(stage: Stage, report: Report) -> None:
     """Send each message until it was answered right, whoever goes and comes meanwhile."""
-    steps = Steps(kill)
-    with transport.listen(stage.address("front"), config=config(steps)) as endpoint:
+    with transport.listen(stage.address("front"), config=config(report.steps, **_CONFIG)) as endpoint:
         for number in range(1, MESSAGES + 1):
-            while not ask(endpoint, steps, number, pattern(number, NBYTES)):
+            while not ask(endpoint, report, number, pattern(number, NBYTES), ["worker"]):
                 pass
     stage.end()
-    stage.report("front", {"events": steps.events})
 
 
-def play_worker(stage: Stage, kill: Kill | None) -> None:
-    """Answer what comes; join the next front when one is gone."""
-    steps = Steps(kill)
-    while not stage.done:
-        with transport.Endpoint("worker", config(steps)) as endpoint:
-            try:
-                endpoint.connect(stage.address("front"), timeout=0.5)
-                serve(endpoint, stage)
-            except (Timeout, PeerGone):
-                continue
-    stage.report("worker", {"events": steps.events})
-
-
-PLAYS = {"front": play_front, "worker": play_worker}
+PLAY = Play({"front": play_front, "worker": partial(play_worker, "worker", **_CONFIG)})
 
 
 def test_the_steps_are_those_we_know() -> None:
     """Each message is followed; a renamed event would take its kill point away in silence."""
-    with harness.folder() as path:
-        _, stage, pids = harness.act(PLAYS, path)
-        for role, steps in STEPS.items():
-            (report,) = stage.reports(role)
-            assert {step: report["events"].get(step, 0) >= MESSAGES for step in steps} == dict.fromkeys(
-                steps, True
-            )
-        assert segments_of(pids) == []
+    for role, steps in STEPS.items():
+        told = PLAY.steps_of(role)
+        assert {step: told.get(step, 0) >= MESSAGES for step in steps} == dict.fromkeys(steps, True)
 
 
-@pytest.mark.parametrize(
-    ("role", "event"), [(role, event) for role, events in STEPS.items() for event in events]
-)
-def test_killed_at_every_step_of_a_message_that_is_followed(role: str, event: str) -> None:
-    with harness.folder() as path:
-        killed, _, pids = harness.act(PLAYS, path, role, Kill(event, 2))
-        assert killed, f"{role} lives in spite of {event}"
-        shm.sweep()
-        assert segments_of(pids) == []
+@pytest.mark.parametrize("role", STEPS)
+def test_killed_at_every_step_of_a_message_that_is_followed(role: str) -> None:
+    assert PLAY.faults(role, STEPS[role], middle) == {}
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("role", PLAY.cast)
+def test_killed_at_every_event_while_messages_are_followed(role: str) -> None:
+    """At the first, the middle and the last one of the occurrences of each event."""
+    assert PLAY.faults(role, PLAY.steps_of(role), ends_and_middle) == {}

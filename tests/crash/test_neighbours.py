@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import pytest
 
-import shm
 import transport
-from tests.crash import harness
-from tests.crash.harness import Kill, Stage, Steps, digest, pattern, segments_of
+from tests.crash import plays
+from tests.crash.asking import ask, play_worker
+from tests.crash.harness import Report, Stage, config, pattern
+from tests.crash.plays import Outcome, Play, ends_and_middle
 from tests.transport.test_tcp import hub_of
-from transport import PeerGone, ProtocolError, Timeout
 
 # What each does in a transfer that crosses once, and the time at which all that comes before has been seen.
 STEPS: Mapping[str, Mapping[str, int]] = {
@@ -42,29 +42,28 @@ STEPS: Mapping[str, Mapping[str, int]] = {
 }
 MESSAGES, NBYTES = 5, 600_000
 WORKERS = ("first", "second")
-_TURN = 0.05
+_CONFIG: Mapping[str, Any] = {
+    "backend": "tcp",
+    "ring_bytes": 4 << 20,
+    "tcp_timeout": 2.0,
+    "handshake_timeout": 5.0,
+    "detour_bytes": 4 << 20,
+}
 
 
-def config(steps: Steps) -> transport.TransportConfig:
-    return harness.config(
-        steps, backend="tcp", ring_bytes=4 << 20, tcp_timeout=2.0, handshake_timeout=5.0, detour_bytes=4 << 20
-    )
-
-
-def play_front(stage: Stage, kill: Kill | None) -> None:
+def play_front(stage: Stage, report: Report) -> None:
     """Send each message to both until both have answered it."""
-    steps = Steps(kill)
-    with transport.listen(stage.address("front"), config=config(steps)) as endpoint:
+    with transport.listen(stage.address("front"), config=config(report.steps, **_CONFIG)) as endpoint:
         attempt = 0
         for number in range(1, MESSAGES + 1):
             answered: set[str] = set()
             while answered != set(WORKERS):
                 attempt += 1
-                answered = ask(endpoint, steps, attempt, pattern(number, NBYTES))
+                answered = ask(endpoint, report, attempt, pattern(number, NBYTES), WORKERS)
                 introduced(endpoint)
-        crossed, ended = hub_of(endpoint).neighbours.crossed, list(steps.ended)
+        report.seen["crossed"] = hub_of(endpoint).neighbours.crossed
+        report.seen["lost"] = dict(report.steps.ended)  # the end of the play comes after that
     stage.end()
-    stage.report("front", {"events": steps.events, "crossed": crossed, "ended": ended})
 
 
 def introduced(endpoint: transport.Endpoint) -> None:
@@ -76,68 +75,28 @@ def introduced(endpoint: transport.Endpoint) -> None:
         time.sleep(0.002)
 
 
-def ask(endpoint: transport.Endpoint, steps: Steps, attempt: int, data: harness.Bytes) -> set[str]:
-    """Send one to both; who answered. Who was sent it, and did not go, must answer."""
-    endpoint.wait_for_peers(set(WORKERS), timeout=harness.WAIT)
-    before = dict(steps.begun)
-    try:
-        endpoint.send({"id": attempt, "bytes": data}, to=WORKERS)
-        sent = set(WORKERS)
-    except PeerGone as error:
-        sent = set(error.delivered)
-    answered: set[str] = set()
-    while sent - answered:
-        there = {peer.name for peer in endpoint.peers}
-        sent &= {name for name in there if steps.begun[name] == before[name]} | answered
-        try:
-            message = endpoint.receive(timeout=_TURN)
-        except (Timeout, PeerGone, ProtocolError):
-            continue
-        if message.body["id"] == attempt:
-            assert message.body["digest"] == digest(data)
-            answered.add(message.sender)
-    return answered
+def faults(role: str, outcome: Outcome) -> list[str]:
+    """As in any play; besides, when a worker dies the front loses no other."""
+    found = plays.faults(role, outcome)
+    for report in outcome.reports["front"] if role != "front" else ():
+        lost = {peer for peer, ends in report["lost"].items() if any(at >= outcome.died for at, _ in ends)}
+        if not lost <= {role}:
+            said = {name: report["ended"] for name in WORKERS for report in outcome.reports[name]}
+            found.append(
+                f"when {role} died at {outcome.died}, the front lost {report['lost']}; others: {said}"
+            )
+    return found
 
 
-def play_worker(stage: Stage, kill: Kill | None, name: str) -> None:
-    """Answer what comes; join the next front when one is gone."""
-    steps = Steps(kill)
-    while not stage.done:
-        with transport.Endpoint(name, config(steps)) as endpoint:
-            try:
-                endpoint.connect(stage.address("front"), timeout=0.5)
-                serve(endpoint, stage)
-            except (Timeout, PeerGone):
-                continue
-    stage.report(name, {"events": steps.events})
-
-
-def serve(endpoint: transport.Endpoint, stage: Stage) -> None:
-    while not stage.done:
-        try:
-            body: Mapping[str, Any] = endpoint.receive(timeout=_TURN).body
-        except (Timeout, ProtocolError):
-            continue
-        endpoint.send({"id": body["id"], "digest": digest(body["bytes"])}, to="front")
-        del body
-
-
-PLAYS: Mapping[str, Callable[[Stage, Kill | None], None]] = {
-    "front": play_front,
-    **{name: partial(play_worker, name=name) for name in WORKERS},
-}
+WORKING = {name: partial(play_worker, name, **_CONFIG) for name in WORKERS}
+PLAY = Play({"front": play_front, **WORKING}, faults)
 
 
 def test_the_steps_are_those_we_know() -> None:
     """A renamed event would take its kill point away in silence."""
-    with harness.folder() as path:
-        _, stage, pids = harness.act(PLAYS, path)
-        for role, steps in STEPS.items():
-            (report,) = stage.reports(role)
-            assert set(steps) <= set(report["events"])
-        (front,) = stage.reports("front")
-        assert front["crossed"] >= MESSAGES - 1
-        assert segments_of(pids) == []
+    for role, steps in STEPS.items():
+        assert set(steps) <= set(PLAY.steps_of(role))
+    assert PLAY.clean.reports["front"][0]["crossed"] >= MESSAGES - 1
 
 
 @pytest.mark.parametrize(
@@ -149,11 +108,11 @@ def test_the_steps_are_those_we_know() -> None:
     ],
 )
 def test_killed_at_every_step_of_a_crossing(role: str, event: str, occurrence: int) -> None:
-    with harness.folder() as path:
-        killed, stage, pids = harness.act(PLAYS, path, role, Kill(event, occurrence))
-        assert killed, f"{role} lives in spite of {event}"
-        if role != "front":
-            (front,) = stage.reports("front")
-            assert front["ended"] == [role]
-        shm.sweep()
-        assert segments_of(pids) == []
+    assert PLAY.faults(role, [event], lambda _: [occurrence]) == {}
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("role", PLAY.cast)
+def test_killed_at_every_event_beside_neighbours(role: str) -> None:
+    """At the first, the middle and the last one of the occurrences of each event."""
+    assert PLAY.faults(role, PLAY.steps_of(role), ends_and_middle) == {}
