@@ -161,11 +161,11 @@ class Sender:
 
     def _may_answer(self, link: Link, sizes: Sequence[int]) -> bool:
         """Whether an offer to a link waits for its answer, offered now where it has to be."""
+        if link.ended:  # an offer now would be forgotten by nobody
+            return False
         if self._wants_first_offer(link, sizes):
             self.offer_to(link)
-        return (
-            not link.ended and link.peer.link in self._offered and self.outbound.wants_offer(link.peer, sizes)
-        )
+        return link.peer.link in self._offered and self.outbound.wants_offer(link.peer, sizes)
 
     # ------------------------------------------------------------------ put and deliver
 

@@ -62,7 +62,7 @@ def play_front(stage: Stage, report: Report) -> None:
                 answered = ask(endpoint, report, attempt, pattern(number, NBYTES), WORKERS)
                 introduced(endpoint)
         report.seen["crossed"] = hub_of(endpoint).neighbours.crossed
-        report.seen["lost"] = dict(report.steps.ended)  # the end of the play comes after that
+        report.seen["lost"] = {name: [*ends] for name, ends in report.steps.ended.items()}  # before the end
     stage.end()
 
 

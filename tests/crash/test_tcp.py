@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
-from tests.crash.harness import cast_with
+import shm
+import transport
+from tests.crash.asking import play_worker
+from tests.crash.harness import WAIT, Kill, Stage, cast_with, config, folder, pattern, perform, running
 from tests.crash.plays import Play, ends_and_middle, middle
 
 # What the bulk connections of each role tell; who is handed on to lands and sends nothing large.
@@ -33,3 +38,20 @@ def test_killed_at_every_step_of_a_transfer(role: str) -> None:
 def test_killed_at_every_event_over_tcp(role: str) -> None:
     """At the first, the middle and the last one of the occurrences of each event."""
     assert PLAY.faults(role, PLAY.steps_of(role), ends_and_middle) == {}
+
+
+@pytest.mark.parametrize("event", ["link.begun", "admission.proved"])
+def test_killed_before_there_is_a_bulk_connection(event: str) -> None:
+    """Who sends is told, and waits neither for the connection nor for its own time-out."""
+    worker = partial(play_worker, "worker", backend="tcp")
+    settings = config(backend="tcp", handshake_timeout=600.0)
+    with (
+        folder() as path,
+        running(perform, "worker", worker, stage := Stage(path), Kill(event, 1)),
+        transport.listen(stage.address("front"), config=settings) as front,
+    ):
+        front.wait_for_peers({"worker"}, timeout=WAIT)
+        body = {"bytes": pattern(1, 60_000)}
+        with pytest.raises(transport.PeerGone, match="worker"):
+            front.send(body, to="worker", timeout=600.0)
+    shm.sweep()

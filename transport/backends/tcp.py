@@ -184,8 +184,16 @@ class TcpOutbound(Outbound):
             self.hub.tell(channel.end)
 
     def _why_not(self, peer: Peer) -> str:
+        """Why there is no bulk connection and will be none, "" while there may be one."""
         channel = self.hub.channel(peer)
-        return self._refused.get(peer, "") or (channel.fault if channel is not None else "")
+        if channel is None:
+            return self._refused.get(peer, "")
+        return self._refused.get(peer, "") or channel.fault or ("its link has ended" if channel.ended else "")
+
+    def _may_come(self, peer: Peer) -> bool:
+        """Whether a bulk connection with a peer is on its way."""
+        asked = peer in self._asked or self.hub.channel(peer) is not None
+        return asked and not self._why_not(peer)
 
     # -------------------------------------------------------------- tensors
 
@@ -234,7 +242,7 @@ class TcpOutbound(Outbound):
         for last in attempts(timeout, poll):
             channels = {peer: self.hub.channel(peer) for peer in readers if self.serves(peer)}
             missing = [peer for peer in readers if peer not in channels]
-            if last or all(self._why_not(peer) for peer in missing):
+            if last or not any(map(self._may_come, missing)):
                 break
         if missing:
             reasons = {peer.name: self.explain(peer) for peer in missing}
