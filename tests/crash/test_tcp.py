@@ -40,14 +40,13 @@ def test_killed_at_every_event_over_tcp(role: str) -> None:
     assert PLAY.faults(role, PLAY.steps_of(role), ends_and_middle) == {}
 
 
-@pytest.mark.parametrize("event", ["link.begun", "admission.proved"])
-def test_killed_before_there_is_a_bulk_connection(event: str) -> None:
+def test_killed_before_there_is_a_bulk_connection() -> None:
     """Who sends is told, and waits neither for the connection nor for its own time-out."""
     worker = partial(play_worker, "worker", backend="tcp")
     settings = config(backend="tcp", handshake_timeout=600.0)
     with (
         folder() as path,
-        running(perform, "worker", worker, stage := Stage(path), Kill(event, 1)),
+        running(perform, "worker", worker, stage := Stage(path), Kill("link.begun", 1)),
         transport.listen(stage.address("front"), config=settings) as front,
     ):
         front.wait_for_peers({"worker"}, timeout=WAIT)
