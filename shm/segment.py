@@ -220,7 +220,7 @@ def open_checked(name: str) -> tuple[int, Layout]:
     """Open a segment that somebody named: a descriptor and the layout its header and size agree on.
 
     The name is hostile input: fixed pattern, no links, a regular file of ours, on a tmpfs.
-    `SegmentMissing` or `LayoutMismatch`.
+    `SegmentMissing` or `LayoutMismatch`; `OSError` for want of descriptors.
     """
     match = at.NAME_PATTERN.fullmatch(name)
     if not match or int(match[1]) != os.getuid():
@@ -230,6 +230,8 @@ def open_checked(name: str) -> tuple[int, Layout]:
     except posix_ipc.ExistentialError as error:
         raise SegmentMissing("no such segment in this /dev/shm (another host or container?)") from error
     except (posix_ipc.PermissionsError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # posix_ipc's way to say EMFILE and ENFILE
+            raise OSError(errno.EMFILE, "too many open files") from error
         raise LayoutMismatch(f"the segment cannot be opened: {error}") from error
     try:
         return fd, _check_header(fd)

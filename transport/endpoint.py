@@ -17,7 +17,7 @@ import torch
 from transport.backends.base import Held
 from transport.config import TransportConfig
 from transport.errors import PeerGone, Timeout
-from transport.exchange import LOOK_AT_LOCKS_EVERY, Exchange
+from transport.exchange import Exchange
 from transport.message import Refused, Welcome
 from transport.received import Message
 from transport.staging import Stage
@@ -316,7 +316,7 @@ class Endpoint:
                     await asyncio.sleep(_MOMENT)
                     continue
                 try:
-                    await asyncio.wait_for(came.wait(), min(left, LOOK_AT_LOCKS_EVERY))
+                    await asyncio.wait_for(came.wait(), min(left, self._exchange.looks_every))
                 except TimeoutError:
                     continue
         finally:

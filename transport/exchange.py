@@ -38,10 +38,11 @@ from transport.roster import Roster
 from transport.sending import Sender
 from transport.wire import Arrived, Busy, Route, Unreachable, Wire
 
-LOOK_AT_LOCKS_EVERY = 0.5
+_LOOK_AT_LOCKS_EVERY = 0.5
+_LOOK_AT_FREE_LOCKS_EVERY = 0.1
 _DRAIN = 64
 _READ_AT_AN_END = 64  # rounds
-_CONNECTION_OUTLIVES_LOCK = 1.0  # seconds that what a dying peer still sent may take to come
+_CONNECTION_OUTLIVES_LOCK = 0.3  # seconds that what a dying peer still sent may take to come
 _PUMP_MAY_TAKE = 10.0
 _CLOSE_MAY_TAKE = 1.0  # seconds beside `linger`
 _SUSPECT_FOR, _SUSPECT_NAP = 1.0, 0.01
@@ -116,7 +117,12 @@ class Exchange:
     def wait(self, left: float) -> None:
         """Sleep until something may have come, `left` seconds at most, or until it is time to look."""
         self.acknowledge()
-        self.wire.wait(min(left, _SUSPECT_NAP if self._suspects else LOOK_AT_LOCKS_EVERY))
+        self.wire.wait(min(left, _SUSPECT_NAP if self._suspects else self.looks_every))
+
+    @property
+    def looks_every(self) -> float:
+        """Seconds from one look at the locks of peers to the next: a death is noticed within one second."""
+        return _LOOK_AT_FREE_LOCKS_EVERY if self._dead_since else _LOOK_AT_LOCKS_EVERY
 
     def acknowledge(self) -> None:
         """Tell every peer what was taken; before sleeping, since nothing else may go there soon."""
@@ -333,7 +339,7 @@ class Exchange:
         )
 
     def _is_time_to_look(self) -> bool:
-        return time.monotonic() - self._looked >= LOOK_AT_LOCKS_EVERY
+        return time.monotonic() - self._looked >= self.looks_every
 
     def _lock_held(self, link: Link) -> bool | None:
         answers = [self.sender.outbound.alive(link.peer)]

@@ -114,6 +114,21 @@ def segments_of(pids: Collection[int]) -> list[str]:
     return found
 
 
+def left_by(pids: Collection[int]) -> list[str]:
+    """The segments of these processes, all dead, that sweeps leave for good.
+
+    The first sweep may leave one: its owner's lock outlives it while anybody reads the owner's /proc entries,
+    as the tests beside this one do, and another's sweep may have the segment in its hands.
+    """
+    deadline = time.monotonic() + WAIT
+    while True:
+        shm.sweep()
+        left = segments_of(pids)
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.02)
+
+
 # ------------------------------------------------------------------------------------ traces
 
 

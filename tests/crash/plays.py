@@ -10,8 +10,19 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import shm
-from tests.crash.harness import CAST, WAIT, Kill, Role, Stage, finish, folder, perform, segments_of, start
+from tests.crash.harness import (
+    CAST,
+    WAIT,
+    Kill,
+    Role,
+    Stage,
+    finish,
+    folder,
+    left_by,
+    perform,
+    segments_of,
+    start,
+)
 
 _RUNS_PER_EVENT = 3  # a run may have fewer steps of a kind than the one they were counted in
 
@@ -42,6 +53,10 @@ class Outcome:
     def left(self) -> list[str]:
         """The segments that processes of this play left, which are all dead by now."""
         return segments_of(self.pids)
+
+    def leaked(self) -> list[str]:
+        """Those that a sweep leaves."""
+        return left_by(self.pids)
 
 
 def play(victim: str = "", kill: Kill | None = None, cast: Mapping[str, Role] = CAST) -> Outcome:
@@ -100,9 +115,9 @@ def faults(victim: str, outcome: Outcome) -> list[str]:
     left = outcome.left()
     if len(left) > (victim != "front" or not outcome.restarted):  # the next start of a writer sweeps
         found.append(f"more than the ring of the dead is left: {left}")
-    shm.sweep()
-    if outcome.left():
-        found.append(f"the sweep left {outcome.left()}")
+    leaked = outcome.leaked()
+    if leaked:
+        found.append(f"sweeps leave {leaked}")
     return found
 
 

@@ -25,9 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-import shm
 import transport
-from tests.crash.harness import Stage, Steps, config, finish, folder, pattern, prepare, segments_of, start
+from tests.crash.harness import Stage, Steps, config, finish, folder, left_by, pattern, prepare, start
 from transport import Full, PeerGone, ProtocolError, Timeout, TransportError
 
 FIELDS = (
@@ -88,6 +87,16 @@ class Cast:
     def quiet(self) -> bool:
         """Whether no more is to be sent, and everything to be let go of."""
         return (self.stage.path / "quiet").exists()
+
+    def note(self, text: str) -> None:
+        """A line for whoever reads what went wrong."""
+        with (self.stage.path / "notes").open("a") as file:
+            file.write(text + "\n")
+
+    @property
+    def notes(self) -> str:
+        path = self.stage.path / "notes"
+        return path.read_text() if path.exists() else ""
 
     def counters(self, name: str) -> Counters:
         return Counters(self.stage.path / "counters", self.names.index(name))
@@ -184,7 +193,7 @@ class Front:
                 break
         if self._open_questions() or self._live():
             peers = [(peer.name, peer.unacknowledged) for peer in self._endpoint.peers]
-            print(f"{self._endpoint.name} {peers} {self._endpoint.statistics()}", file=sys.stderr)
+            self._cast.note(f"{self._endpoint.name} {peers} {self._endpoint.statistics()}")
         self._counters.add("lost", self._open_questions())
         self._counters.add("leaked", self._live())
 
@@ -381,8 +390,9 @@ class Director:
         figures = {
             field: sum(counters.get(field) for counters in self._counters.values()) for field in FIELDS[:-1]
         }
-        shm.sweep()
-        figures["leaked"] += len(segments_of(self.pids))
+        for name in left_by(self.pids):
+            self._cast.note(f"left in /dev/shm: {name}")
+            figures["leaked"] += 1
         return figures | {
             "kills": self.kills,
             "stalls": self.stalls,
@@ -392,12 +402,13 @@ class Director:
         }
 
 
-def perform(seconds: float, processes: int, seed: int, backend: str = "auto") -> dict[str, int]:
-    """Totals of one run."""
+def perform(seconds: float, processes: int, seed: int, backend: str = "auto") -> tuple[dict[str, int], str]:
+    """Totals of one run, and what there is to say of what went wrong."""
     with folder() as path:
-        director = Director(Cast(Stage(path), processes, seed, backend))
+        cast = Cast(Stage(path), processes, seed, backend)
+        director = Director(cast)
         director.run(seconds)
-        return director.totals()
+        return director.totals(), cast.notes
 
 
 def faults(totals: Mapping[str, int]) -> dict[str, int]:
@@ -415,7 +426,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     given = parser.parse_args()
     prepare()
-    totals = perform(given.seconds, given.processes, given.seed, given.backend)
+    totals, notes = perform(given.seconds, given.processes, given.seed, given.backend)
+    print(notes, end="", file=sys.stderr)
     print(json.dumps({"seed": given.seed, **totals}, indent=2))
     return 1 if faults(totals) else 0
 

@@ -20,8 +20,8 @@ from tests.crash.stress import faults, perform
 )
 def test_everything_dies_at_random(seconds: float, processes: int, backend: str) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
-    totals = perform(seconds, processes, seed, backend)
-    assert faults(totals) == {}, f"seed {seed}: {totals}"
+    totals, notes = perform(seconds, processes, seed, backend)
+    assert faults(totals) == {}, f"seed {seed}: {totals}\n{notes}"
     rare = ("handed_on",) if processes > 4 else ()  # in seconds, on a busy machine
     for happened in ("messages", "answers", "kills", "stalls", *rare):
         assert totals[happened] > 0, f"seed {seed}: {totals}"

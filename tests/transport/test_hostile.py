@@ -14,11 +14,14 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import msgspec
+import numpy as np
 import pytest
 import zmq
 
 import shm
 import transport
+from shm import layout as at
+from shm import memory
 from transport import message as wire_types
 from transport.conformance import WAIT, joined, mutated, noise, same
 from transport.tensors import TensorSpec
@@ -52,6 +55,14 @@ class Raw:
         self._socket.send_multipart(
             [frame if isinstance(frame, bytes) else wire_types.encode(frame) for frame in frames]
         )
+
+    def refused(self, offer: shm.Offer) -> str:
+        """Why a ring that is offered so is not read."""
+        self.say(wire_types.Offered(self.link, "shm", msgspec.msgpack.encode(list(offer))))
+        answer = self.hear()
+        assert isinstance(answer, wire_types.Answered)
+        assert answer.proof is None
+        return answer.reason
 
     def hear(self) -> wire_types.Control:
         """The next control message from the endpoint, which is pumped meanwhile."""
@@ -380,6 +391,37 @@ def test_offers_of_what_is_not_there(front: transport.Endpoint) -> None:
             raw.say(wire_types.Settled(raw.link, "shm"))
         raw.say(raw.data(1, {"n": 1}))
         assert front.receive().body == {"n": 1}
+
+
+def test_a_refusal_tells_nothing_of_what_stands_in_a_segment(front: transport.Endpoint) -> None:
+    """Whoever names a segment of this user, ring or not, hears only that it is none, or is not there."""
+    missing = f"tensorferry.{os.getuid()}.{'0' * 32}"
+    with stranger(front) as raw, own_ring() as writer:
+        raw.hello()
+        offer = writer.offer()
+        header = np.memmap(shm.DIRECTORY / writer.name, np.uint64, "r+", shape=512)
+        for word in (at.H_VERSION, at.H_CAPACITY, at.H_MAGIC):
+            before, header[word] = header[word], 7654321
+            assert raw.refused(offer) == "the segment is no ring of this version and this user"
+            header[word] = before
+        reason = raw.refused(offer._replace(name=missing))
+        assert reason == "there is no such segment where it would be read (another host or container?)"
+
+
+def test_a_refusal_for_want_of_memory_tells_no_path_and_no_size(
+    front: transport.Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are in the log of the side that is short, once."""
+    with stranger(front) as raw, own_ring() as writer:
+        raw.hello()
+        offer = writer.offer()
+        nothing = shm.Space(total=1 << 20, free=0, cgroup=None, machine=1 << 40)
+        monkeypatch.setattr(memory, "space", lambda: nothing)
+        assert {raw.refused(offer) for _ in range(3)} == {
+            "memory is short where it would be read; the log there says which and how to get more"
+        }
+        (logged,) = caplog.messages
+        assert "/dev/shm has 0 B of 1 MiB free" in logged
 
 
 @pytest.mark.parametrize("spare", [0, 1, 2])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
+import shm
 from transport.config import TransportConfig
 
 
@@ -43,6 +44,20 @@ handles = msgspec.msgpack.Decoder(RingHandle)
 offers = msgspec.msgpack.Decoder(RingOffer)
 proofs = msgspec.msgpack.Decoder(RingProof)
 encode = msgspec.msgpack.Encoder().encode
+
+
+# By the class of the error. What a peer is told has no name, path or size in it, and nothing that stands in
+# a segment: whoever may offer a segment could read others by their names so.
+_FOR_A_PEER: Mapping[type[BaseException], str] = {
+    shm.SegmentMissing: "there is no such segment where it would be read (another host or container?)",
+    shm.LayoutMismatch: "the segment is no ring of this version and this user",
+    shm.NoSpace: "memory is short where it would be read; the log there says which and how to get more",
+}
+
+
+def for_peer(error: BaseException) -> str:
+    """Why a ring here is of no use, as a peer may hear it; the text of the error itself is for this side."""
+    return _FOR_A_PEER.get(type(error)) or str(error)
 
 
 def ring_trace(config: TransportConfig) -> Callable[[str, Mapping[str, object]], None] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
@@ -11,10 +12,20 @@ import msgspec
 import shm
 from transport import registration
 from transport.backends.base import Bytes, Complete, Inbound, Peer, Proof, Refusal
-from transport.backends.ring_messages import RingHandle, RingProof, encode, handles, offers, ring_trace
+from transport.backends.ring_messages import (
+    RingHandle,
+    RingProof,
+    encode,
+    for_peer,
+    handles,
+    offers,
+    ring_trace,
+)
 from transport.config import TransportConfig
 from transport.errors import GivenUp, PeerGone, ProtocolError, Timeout, TransportError
 from transport.sharing import Importer
+
+_log = logging.getLogger("tensorferry.transport")
 
 
 class ShmInbound(Inbound):
@@ -28,6 +39,7 @@ class ShmInbound(Inbound):
         self._proved: dict[Peer, shm.RingReader] = {}  # not admitted yet
         self._readers: dict[int, shm.RingReader] = {}
         self._identities: dict[Peer, int] = {}
+        self._short = False
         self.importer = Importer()
 
     def accept(self, peer: Peer, offer: bytes, own_name: str) -> Proof | Refusal:
@@ -45,7 +57,10 @@ class ShmInbound(Inbound):
         except (msgspec.DecodeError, UnicodeDecodeError):
             return Refusal("the offer is not one")
         except shm.ShmError as error:
-            return Refusal(str(error))
+            if isinstance(error, shm.NoSpace) and not self._short:  # once: peers may offer again and again
+                self._short = True
+                _log.warning("the ring of %s is not read in place: %s", peer.name, error)
+            return Refusal(for_peer(error))
         except OSError as error:  # its text may name a file, which is nothing for a peer
             return Refusal(f"the ring cannot be mapped: {error.strerror}")
         return Proof(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from transport.backends.base import Bytes
+from transport.backends.ring_messages import for_peer
 from transport.config import TransportConfig
 from transport.errors import Full, TooLarge
 
@@ -59,7 +60,8 @@ class Landing:
             try:
                 return self._counted(link, _RING, self._land(sizes))
             except (Full, TooLarge) as error:
-                never, why = isinstance(error, TooLarge), f"no room in the ring: {error}"
+                never = isinstance(error, TooLarge)
+                why = f"no room in the ring: {for_peer(error.__cause__ or error)}"
         beside = self._held[link, _BESIDE]
         # What the ring can never hold may exceed the budget when nothing else does, so that it ends.
         if beside + total > self._config.detour_bytes and (beside or not never):
