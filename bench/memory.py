@@ -39,7 +39,7 @@ prompt; "shared" the bytes allocated to the files in /dev/shm that they map (pag
 count, shared ones count once) or, where they map none, the sum of Pss_Shmem; kernel socket buffers
 are not seen. "peak" is the highest sum of both; "images" what near itself holds of one prompt (for
 "loan" nothing: they lie in the ring); "ring" the highest shared memory (the ring grows in steps of
-64 MiB, one step ahead); "beyond" the highest private memory less the images; "seconds" the time of
+16 MiB, one step ahead); "beyond" the highest private memory less the images; "seconds" the time of
 all prompts, making and checking the images included, holding them not. The bound "images plus ring"
 holds when no round has as much as one image beyond and the ring keeps to its configured size.
 Figures: MiB, median [lowest..highest round]."""

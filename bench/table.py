@@ -48,8 +48,8 @@ LAYOUTS: Mapping[str, tuple[int, ...]] = {
 }
 # Consumer → seconds that it takes for an image.
 CONSUMERS: Mapping[str, float] = {"drain": 0.0, "20 ms": 0.02}
-# The ring grows in steps of 64 MiB and is one step ahead.
-RING_STEP = 2 * 64 << 20
+# The ring grows in steps of 16 MiB and is one step ahead.
+RING_STEP = 2 * 16 << 20
 HOLD = 20
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _WARM = 64 << 10

@@ -34,7 +34,7 @@ from shm.shares import Shares
 from shm.tenure import Tenure, Watch
 from shm.words import TOTAL_STORE_ORDER, fence
 
-GROWTH_BYTES = 64 << 20
+GROWTH_BYTES = 16 << 20
 _LINE_WORDS = at.SLOT_WORDS
 _LOOK_EVERY = 8
 _LOOK_AT_MOST = 256

@@ -25,8 +25,8 @@ import numpy as np
 from transport import cudart
 from transport.cudart import DeviceError
 
-STEP = 64 << 20
-"""Bytes that are registered at once, counted from the beginning of a ring's data."""
+STEP = 16 << 20
+"""Bytes that are registered at once, counted from the beginning of a ring's data; rings grow by as much."""
 
 _log = logging.getLogger("tensorferry.transport")
 

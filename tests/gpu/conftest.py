@@ -14,6 +14,7 @@ import transport
 from engine.staging import Staged, Stager
 from engine.staging import staged as staged_of
 from transport.conformance import WAIT, joined, noise, prepare, running
+from transport.registration import STEP
 
 MIB = 1 << 20
 RING = 256 * MIB
@@ -72,7 +73,7 @@ class Link:
     def registered(self, stage: Stager) -> None:
         """Until both ends have the used part of the front's ring registered."""
         self.exchanged({"x": noise(8 * MIB)}, stage)
-        until(lambda: transport.registered().nbytes >= 2 * 64 * MIB, "the ring is registered on both sides")
+        until(lambda: transport.registered().nbytes >= 2 * STEP, "the ring is registered on both sides")
         assert transport.registered().refused == ""
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from shm import RingReader, RingWriter, Watched
+from shm.writer import GROWTH_BYTES
 from transport.cudart import DeviceError
 from transport.registration import STEP, Registrar
 
@@ -73,7 +74,7 @@ def mapped(address: int) -> bool:
 class Pair:
     """A ring and its reader, each watched; addresses of their data."""
 
-    def __init__(self, registrar: Registrar, nbytes: int, growth: int = 64 << 20) -> None:
+    def __init__(self, registrar: Registrar, nbytes: int, growth: int = STEP) -> None:
         self.seen: list[int] = []
         self._registrar = registrar
         self.writer = RingWriter(nbytes, slots=64, columns=2, growth=growth, watch=self._watch)
@@ -223,3 +224,8 @@ def test_copies_are_cut_at_every_step_of_the_ring_they_are_in(registrar: Registr
     assert pieces(10, 2 * STEP) == [(0, STEP - 10), (STEP - 10, 2 * STEP - 10), (2 * STEP - 10, 2 * STEP)]
     assert list(registrar.pieces(4096, 5 * STEP)) == [(0, 5 * STEP)]  # no ring
     assert pieces(0, 0) == [(0, 0)]
+
+
+def test_a_ring_grows_by_what_is_registered_at_once() -> None:
+    """Else the end of a ring that does not grow any more stays unregistered."""
+    assert GROWTH_BYTES == STEP
