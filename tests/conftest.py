@@ -75,6 +75,15 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests under load did in all, a line each: that they passed says little without it."""
+    for category in ("passed", "failed"):
+        for report in terminalreporter.getreports(category):
+            totals = dict(report.user_properties).get("totals") if report.when == "call" else None
+            if totals:
+                terminalreporter.write_line(f"{report.nodeid.partition('::')[2]}: {totals}")
+
+
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test that leaves a segment, a mapping of one, a descriptor or a process, naming what is left.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -18,9 +19,12 @@ from tests.crash.stress import faults, perform
         pytest.param(180.0, 8, "tcp", id="minutes-tcp", marks=pytest.mark.stress),
     ],
 )
-def test_everything_dies_at_random(seconds: float, processes: int, backend: str) -> None:
+def test_everything_dies_at_random(
+    seconds: float, processes: int, backend: str, record_property: Callable[[str, object], None]
+) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     totals, notes = perform(seconds, processes, seed, backend)
+    record_property("totals", ", ".join(f"{name} {number:,}" for name, number in totals.items()))
     assert faults(totals) == {}, f"seed {seed}: {totals}\n{notes}"
     rare = ("handed_on",) if processes > 4 else ()  # in seconds, on a busy machine
     for happened in ("messages", "answers", "kills", "stalls", *rare):
