@@ -27,6 +27,7 @@ SETTLE_SECONDS = 10.0
 _CLONE_NEWNS = 0x20000
 _MS_NOSUID, _MS_NODEV, _MS_REC, _MS_SLAVE = 0x2, 0x4, 0x4000, 0x80000
 _SEGMENT = re.compile(r"/dev/shm/(tensorferry\.[^/\s]+)")
+_older: set[str] = set()  # pids of processes older than this one, which need no second look
 
 
 def own_shared_memory() -> bool:
@@ -158,8 +159,10 @@ def _descriptors() -> set[tuple[int, str]]:
 
 def _tree() -> set[Process]:
     """All processes below this one and all that carry its mark."""
-    everybody = {process.pid: process for process in map(_process, os.listdir("/proc")) if process}
+    entries = [entry for entry in os.listdir("/proc") if entry not in _older]
+    everybody = {process.pid: process for process in map(_process, entries) if process}
     me = everybody[os.getpid()]
+    _older.update(str(process.pid) for process in everybody.values() if process.started < me.started)
     found: set[Process] = set()
     for process in sorted(everybody.values(), key=lambda process: process.started):
         if process.pid == me.pid or process.started < me.started:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tests import leaks
 
 ROOT = Path(__file__).parent.parent
 
-# What the first of two tests does, and how the check names it.
+# What a test does, and how the check names it.
 LEAVES: dict[str, tuple[str, str]] = {
     "a_segment": (
         "Path('/dev/shm/tensorferry.leaked').write_bytes(b'x')",
@@ -97,19 +98,21 @@ def prefix(request: pytest.FixtureRequest) -> Sequence[str]:
     return SHARED
 
 
-@pytest.mark.parametrize("case", LEAVES)
-def test_sees(case: str, tmp_path: Path) -> None:
-    body, expected = LEAVES[case]
-    # What is meant to stay doesn't go away by waiting, so that there is no use in waiting long for it.
-    settle = "from tests import leaks\nleaks.SETTLE_SECONDS = 0.2\n" if expected else ""
-    output = run_inner(tmp_path, f"{settle}def test_first():\n    {body}\ndef test_second(): pass\n")
-    if expected:
-        assert "ERROR at teardown of test_first" in output
-        assert "left behind:" in output
-        assert expected in output
-        assert "2 passed, 1 error" in output, "the next test must not be judged for it"
-    else:
-        assert "2 passed in" in output
+def test_sees_each_kind_of_thing_and_judges_no_other_test_for_it(tmp_path: Path) -> None:
+    body = "from tests import leaks\n"
+    for case, (leaves, expected) in LEAVES.items():
+        # What is meant to stay doesn't go away by waiting, so that there is no use in waiting long for it.
+        settle = 0.2 if expected else leaks.SETTLE_SECONDS
+        body += f"def test_{case}():\n    leaks.SETTLE_SECONDS = {settle}\n    {leaves}\n"
+        body += f"def test_after_{case}(): pass\n"
+    output = run_inner(tmp_path, body)
+    _, *errors = re.split(r"_ ERROR at teardown of test_(\w+) _", output.partition("short test summary")[0])
+    seen = dict(zip(errors[::2], errors[1::2], strict=True))
+    assert list(seen) == [case for case, (_, expected) in LEAVES.items() if expected]
+    for case, text in seen.items():
+        assert "left behind:" in text
+        assert LEAVES[case][1] in text
+    assert f"{2 * len(LEAVES)} passed, {len(seen)} errors" in output
 
 
 def test_a_failed_test_is_not_judged_for_what_its_traceback_holds(tmp_path: Path) -> None:
@@ -120,8 +123,15 @@ def test_a_failed_test_is_not_judged_for_what_its_traceback_holds(tmp_path: Path
 
 
 def test_workers_are_not_charged_for_each_other(tmp_path: Path, prefix: Sequence[str]) -> None:
-    """Each of two workers makes and removes segments all the time while the other is looked at."""
+    """Each of two workers makes and removes segments all the time while the other is looked at.
+
+    One leaves a segment that nobody maps: where they share /dev/shm, it is seen at the end.
+    """
     body = (
+        "from tests import leaks\n"
+        "def test_first():\n"
+        "    leaks.SETTLE_SECONDS = 0.2\n"
+        "    Path('/dev/shm/tensorferry.orphan').write_bytes(b'x')\n"
         "@pytest.mark.parametrize('n', range(40))\n"
         "def test_one(n):\n"
         "    path = Path(f'/dev/shm/tensorferry.{os.getpid()}')\n"
@@ -131,16 +141,9 @@ def test_workers_are_not_charged_for_each_other(tmp_path: Path, prefix: Sequence
         "            subprocess.run(['sleep', '0.01'], check=True)\n"
         "            path.unlink()\n"
     )
-    assert "40 passed in" in run_inner(tmp_path, body, "-n", "2", prefix=prefix)
-
-
-def test_a_segment_that_nobody_maps_is_seen_beside_other_workers(
-    tmp_path: Path, prefix: Sequence[str]
-) -> None:
-    body = "def test_first():\n    Path('/dev/shm/tensorferry.orphan').write_bytes(b'x')\n"
-    settle = "from tests import leaks\nleaks.SETTLE_SECONDS = 0.2\n"
-    output = run_inner(tmp_path, settle + body, "-n", "2", prefix=prefix)
+    output = run_inner(tmp_path, body, "-n", "2", prefix=prefix)
     (leaks.SHARED_MEMORY / "tensorferry.orphan").unlink(missing_ok=True)
+    assert ("41 passed in" if prefix else "41 passed, 1 error in") in output
     assert ("left behind by some test" if prefix else "ERROR at teardown of test_first") in output
     assert "segment /dev/shm/tensorferry.orphan" in output
 
