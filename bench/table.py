@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import mmap
 import os
 import time
@@ -15,7 +14,7 @@ import torch
 
 from bench import links, payload, sampler, usage, ways
 from bench.floor import TIMEOUT
-from bench.harness import Result, Row, number
+from bench.harness import Outcome, Result, Row, number, numbers
 from bench.memory import above_idle
 from bench.part import Json, Report, WrongAnswerError
 from bench.report import Benchmark, Grid, met, table
@@ -38,6 +37,7 @@ COLUMNS = (
     "iceoryx2",
     "ray",
 )
+# Images of each prompt, by layout; one that follows another needs no less memory at once.
 LAYOUTS: Mapping[str, tuple[int, ...]] = {
     "8x4": (4,) * 8,
     "4x8": (8,) * 4,
@@ -59,39 +59,60 @@ Near makes the images of a prompt (int64 vectors of {IMAGE // MB} MB, each in a 
 "loan" in the ring), sends the prompt as one message, drops its own, and goes on to the next; far
 checks the sum of all words of every image where it arrived (and the first word of each page by
 its place), takes 0 or 20 ms for each image, drops the prompt and answers. First every prompt
-goes alone: the next is made when far has answered. Then, timed, all are sent one after the other
-without waiting; "seconds" run from then to the last answer, less the time that near spends making
+of a layout goes alone: the next is made when far has answered. Then, timed, all are sent one after the
+other without waiting; "seconds" run from then to the last answer, less the time that near spends making
 images. 8x4 are 8 prompts of 4 images, and so on; "mix" are the prompts of 8x4, 4x8, 2x16 and 1x32,
 128 images. Memory is sampled every {sampler.INTERVAL * 1000:g} ms by a process outside: Pss_Anon +
 Pss_File of the process tree from smaps_rollup, and what is allocated to the files in /dev/shm that
-they map (or, where they map none by name, Pss_Shmem); "peak" is the highest sum of all samples, less
-its mean while both ends were idle after a small first message. Kernel socket buffers are not seen.
+they map (or, where they map none by name, Pss_Shmem); "peak" is the highest sum of a layout's samples,
+less its mean while both ends were idle after a small first message. Kernel socket buffers are not seen.
 CPU and page faults are those of the process tree in the timed part, from /proc/PID/stat. Each row is fresh
-processes each round. Figures: medians of the rounds."""
+processes each round, which go through the layouts in the order of the table. Figures: medians."""
 
 
-def near(folder: Path, link: links.Link, *, layout: str, consumer: str, image: int, lent: bool) -> Report:
-    """The sending end: every prompt alone, then all of them, timed."""
-    prompts = LAYOUTS[layout]
+def near(
+    folder: Path, link: links.Link, *, layouts: Sequence[str], consumer: str, image: int, lent: bool
+) -> Report:
+    """The sending end: of every layout every prompt alone, then all of them, timed."""
     _send(link, -1, 1, _WARM, lent=False)
     pids = [os.getpid(), int(link.receive()["pid"])]
     before = time.monotonic()
     sampler.wait_for_samples(folder, HOLD, timeout=TIMEOUT)
     after = time.monotonic()
-    values: dict[str, Json] = {"idle_from": before, "idle_to": after}
+    figures: dict[str, Json] = {}
+    first = 0
+    for layout in layouts:
+        figures[layout] = _layout(link, layout, first, pids, image, lent=lent)
+        first += 2 * len(LAYOUTS[layout])
+    values: dict[str, Json] = {"idle_from": before, "idle_to": after, "layouts": figures}
+    return Report(values=values, expected=sum(_schedule(layouts)) + 1)
+
+
+def _schedule(layouts: Sequence[str]) -> list[int]:
+    """How many images each prompt has, in the order in which they are sent; its place is its number."""
+    return [images for layout in layouts for images in 2 * LAYOUTS[layout]]
+
+
+def _layout(
+    link: links.Link, layout: str, first: int, pids: Sequence[int], nbytes: int, *, lent: bool
+) -> dict[str, Json]:
+    """Both passes of one layout; what they took, and from when to when they ran (time.monotonic())."""
+    count = len(LAYOUTS[layout])
+    values: dict[str, Json] = {"from": time.monotonic()}
     for name, alone in (("alone", True), ("together", False)):
         start, used, making = time.perf_counter(), usage.of(pids), 0.0
-        for prompt, images in enumerate(prompts):
-            making += _send(link, prompt, images, image, lent=lent)
+        for prompt, images in enumerate(LAYOUTS[layout], first):
+            making += _send(link, prompt, images, nbytes, lent=lent)
             if alone:
                 _expect(link.receive(), prompt)
         if not alone:
-            for prompt in range(len(prompts)):
+            for prompt in range(first, first + count):
                 _expect(link.receive(), prompt)
         seconds, used = time.perf_counter() - start, usage.of(pids) - used
         values |= {f"{name} seconds": seconds - making, f"{name} making": making}
         values |= {f"{name} cpu": used.cpu, f"{name} faults": used.faults}
-    return Report(values=values, expected=2 * sum(prompts) + 1)
+        first += count
+    return values | {"to": time.monotonic()}
 
 
 def _send(link: links.Link, prompt: int, images: int, nbytes: int, *, lent: bool) -> float:
@@ -125,11 +146,13 @@ def _expect(answer: links.Body, prompt: int) -> None:
         raise WrongAnswerError(f"prompt {prompt} was answered with {answer['prompt']}")
 
 
-def far(folder: Path, link: links.Link, *, layout: str, consumer: str, image: int, lent: bool) -> Report:
-    """The receiving end: checks every image of every prompt, twice over all, and answers."""
-    prompts, pause = LAYOUTS[layout], CONSUMERS[consumer]
+def far(
+    folder: Path, link: links.Link, *, layouts: Sequence[str], consumer: str, image: int, lent: bool
+) -> Report:
+    """The receiving end: checks every image of every prompt and answers."""
+    pause = CONSUMERS[consumer]
     verified = _take(link, -1, 1, _WARM, 0.0)
-    for prompt, images in itertools.chain(enumerate(prompts), enumerate(prompts)):
+    for prompt, images in enumerate(_schedule(layouts)):
         verified += _take(link, prompt, images, image, pause)
     link.check_way()
     return Report(verified=verified)
@@ -156,30 +179,73 @@ def _check(body: links.Body, prompt: int, images: int, nbytes: int, pause: float
 
 
 def _rows(quick: bool) -> list[Row]:
-    layouts = ("8x4", "1x32") if quick else tuple(LAYOUTS)
+    layouts = ["8x4", "1x32"] if quick else list(LAYOUTS)
     nbytes = QUICK_IMAGE if quick else IMAGE
     return [
         Row(
-            name=f"{layout} {way}, {consumer}",
+            name=f"{way}, {consumer}",
             parts=ways.parts(way),
             arguments=ways.arguments(
                 way,
                 "bench.table",
                 nbytes=nbytes,
-                count=max(LAYOUTS[layout]),
-                layout=layout,
+                count=max(max(LAYOUTS[layout]) for layout in layouts),
+                layouts=layouts,
                 consumer=consumer,
                 image=nbytes,
                 lent=way == "loan",
             ),
+            limit=600.0,
             sample_memory=True,
-            accept=above_idle,
+            accept=_accept,
             lacking=ways.lacking(way),
         )
         for consumer in CONSUMERS
-        for layout in layouts
         for way in COLUMNS
     ]
+
+
+def _accept(values: Mapping[str, Json]) -> None:
+    """ValueError unless there are samples of idle processes and of every layout."""
+    figures = values["layouts"]
+    assert isinstance(figures, Mapping)
+    for layout in figures:
+        if not len(above_idle(_of(values, layout))):
+            raise ValueError(f"no sample in {layout}")
+
+
+def _of(values: Mapping[str, Json], layout: str) -> dict[str, Json]:
+    """What one layout has of a round: its figures, and the samples of idle processes and of its time."""
+    memory, figures = values["memory"], values["layouts"]
+    assert isinstance(memory, Mapping)
+    assert isinstance(figures, Mapping)
+    own, samples = figures[layout], memory["samples"]
+    assert isinstance(own, Mapping)
+    assert isinstance(samples, Sequence)
+    start, end, idle = number(own["from"]), number(own["to"]), number(values["idle_to"])
+    times = [numbers(sample)[0] for sample in samples]
+    kept = [sample for sample, at in zip(samples, times, strict=True) if at <= idle or start <= at <= end]
+    return {**own, "idle_from": values["idle_from"], "idle_to": idle, "memory": {**memory, "samples": kept}}
+
+
+def cells(results: Sequence[Result]) -> list[Result]:
+    """A result for each layout of each row, named "layout way, consumer"."""
+    found = []
+    for result in results:
+        layouts = result.row.arguments["layouts"]
+        assert isinstance(layouts, Sequence)
+        for layout in map(str, layouts):
+            row = dataclasses.replace(
+                result.row,
+                name=f"{layout} {result.row.name}",
+                arguments={**result.row.arguments, "layout": layout},
+            )
+            found.append(Result(row=row, outcomes=[_outcome(each, layout) for each in result.outcomes]))
+    return found
+
+
+def _outcome(outcome: Outcome, layout: str) -> Outcome:
+    return dataclasses.replace(outcome, values=_of(outcome.values, layout)) if outcome.values else outcome
 
 
 def _value(name: str) -> Callable[[Mapping[str, Json]], float]:
@@ -201,6 +267,7 @@ def beyond(result: Result) -> Callable[[Mapping[str, Json]], float]:
 
 
 def _show(results: Sequence[Result]) -> list[Grid]:
+    results = cells(results)
     grids = []
     for consumer, what in _READERS.items():
         chosen = [result for result in results if result.row.arguments["consumer"] == consumer]
@@ -263,6 +330,7 @@ def _draw(results: Sequence[Result], folder: Path, caption: str) -> list[Path]:
     """One picture of memory and one of time, for each consumer."""
     from bench import figures  # matplotlib is an extra
 
+    results = cells(results)
     made = []
     for consumer, what in _READERS.items():
         chosen = [result for result in results if result.row.arguments["consumer"] == consumer]

@@ -28,7 +28,7 @@ SMALL: Mapping[str, Mapping[str, Json]] = {
     "memory": {"prompts": 2, "images": 2, "nbytes": MIB},
     "idle": {"seconds": 0.2},
     "tensor-parallel": {"plan": [[MIB, 2], [2 * MIB, 2]], "device": "cpu"},
-    "table": {"layout": "8x4", "image": 64 * KIB},
+    "table": {"layouts": ["8x4", "1x32"], "image": 64 * KIB},
     "latency": {"plan": [[4 * KIB, 3], [MIB, 2]]},
     "scale": {"messages": 3},
     "gpu": {"sizes": [MIB], "times": 3, "messages": 3, "prompts": 1, "plan": [[MIB, 2]]},
@@ -194,12 +194,10 @@ def test_crash_of_a_far_end_that_near_started_is_a_failed_row() -> None:
 
 
 def test_aims_of_the_table_are_judged_by_what_was_measured() -> None:
-    rows = [
-        row for row in table.BENCHMARK.rows(False) if row.name in ("1x32 shm, drain", "1x32 vllm rpc, drain")
-    ]
+    rows = [row for row in table.BENCHMARK.rows(False) if row.name in ("shm, drain", "vllm rpc, drain")]
 
     def judged(ours: float) -> str:
-        taken = {"1x32 shm, drain": ours, "1x32 vllm rpc, drain": 1.0}
+        taken = {"shm, drain": ours, "vllm rpc, drain": 1.0}
         results = [Result(row=row, outcomes=[_good(_table_values(taken[row.name]))]) for row in rows]
         return table.BENCHMARK.show(results)[-1].notes[0]
 
@@ -208,15 +206,25 @@ def test_aims_of_the_table_are_judged_by_what_was_measured() -> None:
 
 
 def _table_values(seconds: float) -> Mapping[str, Json]:
-    samples = [[0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 600e6]]
+    """Every layout takes as long as the others, in a second of its own, and a little more memory."""
+    samples = [[float(at), 1.0, 1.0, 100e6 * at] for at in range(7)]
+    figures = {"together seconds": seconds, "together cpu": 1.0, "together faults": 1000}
     return {
         "idle_from": 0.0,
         "idle_to": 0.5,
         "memory": {"samples": samples},
-        "together seconds": seconds,
-        "together cpu": 1.0,
-        "together faults": 1000,
+        "layouts": {
+            layout: {**figures, "from": at - 0.4, "to": at + 0.4}
+            for at, layout in enumerate(table.LAYOUTS, 1)
+        },
     }
+
+
+def test_a_layout_has_the_memory_of_its_own_time() -> None:
+    (row,) = (row for row in table.BENCHMARK.rows(False) if row.name == "shm, drain")
+    found = table.cells([Result(row=row, outcomes=[_good(_table_values(1.0))])])
+    peaks = {str(each.row.arguments["layout"]): each.spread(table.peak).median for each in found}
+    assert peaks == {layout: pytest.approx(0.1 * at) for at, layout in enumerate(table.LAYOUTS, 1)}
 
 
 def test_peer_that_is_not_there_is_a_line_and_no_failure() -> None:
@@ -224,7 +232,7 @@ def test_peer_that_is_not_there_is_a_line_and_no_failure() -> None:
     (result,) = run([row], rounds=2)
     assert report.failures([result]) == []
     assert report.lacking([result]) == [f"{report.LACKING}: pickle: vllm is not installed"]
-    assert table.BENCHMARK.show([result])[0].rows == [["pickle", report.LACKING]]
+    assert table.BENCHMARK.show([result])[0].rows == [["pickle", report.LACKING, report.LACKING]]
 
 
 def test_slices_of_a_run_are_put_together(tmp_path: Path) -> None:
