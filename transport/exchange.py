@@ -183,6 +183,12 @@ class Exchange:
             self.wire.wake()
 
     def _handle(self, arrived: Arrived) -> None:
+        if arrived.excess:
+            self._drop("too many frames")
+            link = self.roster.at(arrived.route)
+            if link is not None:
+                self._break_off(link, f"{arrived.excess} frames more than max_tensors in one message")
+            return
         if len(arrived.control) > self.config.max_control_bytes:
             self._drop("too large")  # decoded it would be many times as large
             return
@@ -203,9 +209,12 @@ class Exchange:
             try:
                 self._handle_in_link(link, message, arrived)
             except ProtocolError as error:
-                link.tell(Goodbye(link.peer.link, str(error)[:500]))
                 self._drop("against the protocol")
-                self._finish(link, f"broke the protocol: {error}")
+                self._break_off(link, str(error))
+
+    def _break_off(self, link: Link, reason: str) -> None:
+        link.tell(Goodbye(link.peer.link, reason[:500]))
+        self._finish(link, f"broke the protocol: {reason}")
 
     def _handle_in_link(self, link: Link, message: wire_types.Control, arrived: Arrived) -> None:
         if isinstance(message, wire_types.Numbered):
@@ -271,6 +280,8 @@ class Exchange:
         if inbound is not None:
             answer = inbound.accept(link.peer, offered.offer, self.name)
         proof, reason = (answer.data, "") if isinstance(answer, Proof) else (None, answer.reason[:500])
+        if reason:
+            self._drop("offer refused")
         self.config.emit("admission.proved", peer=link.peer.name, reason=reason)
         link.tell(Answered(link.peer.link, offered.backend, proof, reason))
 
@@ -324,6 +335,7 @@ class Exchange:
         for link in self.roster.links():
             fault = self._fault(link)
             if fault:
+                self._drop("bulk connection failed")
                 link.tell(Goodbye(link.peer.link, fault[:500]))
                 self._finish(link, f"is not reached: {fault}")
             elif self._lock_held(link) is not False:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from transport import message as wire_types
 from transport.backends.base import Bytes, Peer
 from transport.errors import Full, PeerGone
-from transport.wire import Busy, Route, Unreachable, Wire
+from transport.wire import Busy, Route, Unreachable, Wire, weight
 
 Release = Callable[[], None]
 Build = Callable[[int, int, int], wire_types.Control]
@@ -101,7 +101,7 @@ class Link:
             number = self._sent + 1
             seen = self.taken
             control = wire_types.encode(build(self.peer.link, number, seen))
-            queued = len(control) + sum([frame.nbytes for frame in frames])
+            queued = weight(control, frames)
             if self._queued and self._queued + queued > self._window_bytes:
                 raise Full(f"{queued} bytes more would exceed max_queued_bytes; {self.overdue()}")
             self._unacknowledged.append(_Sent(number, time.monotonic(), nbytes, queued, keeps))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import resource
 import select
 import socket as sockets
 import stat
@@ -51,6 +52,9 @@ _TURNED_AWAY = (
 _WATCHED = _GONE | _TURNED_AWAY | zmq.Event.CONNECTED
 
 
+FRAME_BYTES = 512  # what a frame takes beside its bytes: zmq's message, an array, a view
+
+
 class Route(NamedTuple):
     """Where a peer is: the number of the socket, and zmq's identity of the connection on a ROUTER."""
 
@@ -64,11 +68,17 @@ class Arrived(NamedTuple):
     route: Route
     control: bytes
     frames: list[Bytes]
+    excess: int = 0  # frames beyond what one message may have; none of them is kept then
 
     @property
     def nbytes(self) -> int:
         """What it takes up in memory."""
-        return len(self.control) + sum([frame.nbytes for frame in self.frames])
+        return weight(self.control, self.frames)
+
+
+def weight(control: bytes, frames: Sequence[Bytes]) -> int:
+    """What a message takes up in memory, as both sides count it (`max_queued_bytes`)."""
+    return len(control) + sum([frame.nbytes for frame in frames]) + FRAME_BYTES * len(frames)
 
 
 _Name = tuple[
@@ -131,6 +141,7 @@ class Wire:
                     curve.listen(socket, self._config)
                 # Whoever is not of our uid is sent away even before the file has its mode.
                 socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
+                _allow_descriptors()
                 socket.bind(_bindable(address))
                 if address.startswith("ipc://"):
                     os.chmod(address.removeprefix("ipc://"), 0o600)
@@ -278,7 +289,8 @@ class Wire:
         for _ in range(most):
             if not _readable(socket):
                 return
-            arrived.append(_unpack(number, routed, socket.recv_multipart(zmq.NOBLOCK, copy=False)))
+            parts = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            arrived.append(_unpack(number, routed, parts, self._config.max_tensors))
         self.wake()
 
     def reached(self, number: int) -> bool:
@@ -359,11 +371,21 @@ def _readable(socket: zmq.Socket[bytes]) -> bool:
     return bool(socket.getsockopt(zmq.EVENTS) & _POLLIN)  # type: ignore[operator]  # typed for all options
 
 
-def _unpack(number: int, routed: bool, parts: Sequence[zmq.Frame]) -> Arrived:
+def _unpack(number: int, routed: bool, parts: Sequence[zmq.Frame], most: int) -> Arrived:
+    """A message of zmq's, with `most` frames beside its control message at most."""
     route = Route(number, parts[0].bytes) if routed else Route(number)
     rest = parts[1:] if routed else parts
+    if len(rest) > 1 + most:
+        return Arrived(route, b"", [], len(rest) - 1 - most)
     control = rest[0].bytes if rest else b""
     return Arrived(route, control, [np.frombuffer(frame.buffer, np.uint8) for frame in rest[1:]])
+
+
+def _allow_descriptors() -> None:
+    """As many as this process may have: zmq aborts it when an ipc connection comes and none is left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _bindable(address: str) -> str:

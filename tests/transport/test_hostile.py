@@ -7,6 +7,9 @@ import os
 import random
 import re
 import resource
+import socket as sockets_module
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,7 +28,7 @@ from shm import memory
 from transport import message as wire_types
 from transport.conformance import WAIT, joined, mutated, noise, same
 from transport.tensors import TensorSpec
-from transport.wire import Arrived, Route
+from transport.wire import FRAME_BYTES, Arrived, Route
 
 CONFIG = transport.TransportConfig(
     backend="frames",
@@ -220,7 +223,76 @@ def test_thousands_that_say_hello_and_die(address: str) -> None:
         lives(front)
 
 
+_FEW = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 4096))  # what is left by the shell, and what may be had
+import transport
+with transport.listen(sys.argv[1], config=transport.TransportConfig(backend="frames", max_peers=1000)) as front:
+    print("listens", flush=True)
+    front.wait_for_peers({"good"}, timeout=60)
+    front.send({"n": 1}, to="good")
+"""
+
+
+@pytest.mark.parametrize("scheme", ["ipc", "tcp"])
+def test_more_connections_than_descriptors_at_first(scheme: str, address: str) -> None:
+    """zmq's ipc listener aborts the process when none is left, so a listener takes all that it may have."""
+    where = address if scheme == "ipc" else f"tcp://127.0.0.1:{free_port()}"
+    with subprocess.Popen([sys.executable, "-c", _FEW, where], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "listens\n"
+            with zmq.Context() as context, ExitStack() as sockets:
+                for number in range(500):
+                    socket = sockets.enter_context(context.socket(zmq.DEALER))
+                    socket.setsockopt(zmq.LINGER, 0)
+                    socket.connect(where)
+                    hello = wire_types.Hello(1, 7, f"many.{number}", 1, 9, 0, ["frames"])
+                    socket.send(wire_types.encode(hello))
+                until(lambda: connections(process.pid) > 400)
+            with transport.connect(where, name="good", config=CONFIG) as near:
+                assert near.receive().body == {"n": 1}
+            assert process.wait(WAIT) == 0
+        finally:
+            process.kill()
+
+
+def connections(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def free_port() -> int:
+    with sockets_module.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 # ------------------------------------------------------------------------------------ inside of a link
+
+
+def test_frames_without_end_are_not_kept(front: transport.Endpoint) -> None:
+    """A message has at most as many as it may have tensors; each counts, however small it is."""
+    many = [b""] * (CONFIG.max_tensors + 1)
+    with stranger(front) as raw:
+        raw.say(b"", *many)
+        until(lambda: front.statistics()["dropped"] == {"too many frames": 1})
+        raw.hello("crowd")
+        raw.say(raw.data(1), *many)
+        answer = raw.hear()
+        assert isinstance(answer, wire_types.Goodbye)
+        assert "1 frames more than max_tensors" in answer.reason
+        assert not front.peers
+    with stranger(front) as raw:
+        raw.hello("heap")
+        few = [b""] * (CONFIG.max_queued_bytes // FRAME_BYTES // 4)
+        for number in range(1, 6):
+            raw.say(raw.data(number), *few)
+        while isinstance(answer := raw.hear(), wire_types.Acknowledgement):
+            pass
+        assert isinstance(answer, wire_types.Goodbye)
+        assert "max_queued_bytes" in answer.reason
+    lives(front)
 
 
 @pytest.mark.parametrize("numbers", [[2], [0], [1, 1], [1, 3]])
@@ -382,6 +454,7 @@ def test_offers_of_what_is_not_there(front: transport.Endpoint) -> None:
             assert answer.proof is None
             assert answer.reason
             assert "passwd" not in answer.reason
+        assert front.statistics()["dropped"] == {"offer refused": 3}
         raw.say(wire_types.Offered(raw.link, "warp", b""))
         answer = raw.hear()
         assert isinstance(answer, wire_types.Answered)

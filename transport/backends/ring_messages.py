@@ -51,6 +51,8 @@ encode = msgspec.msgpack.Encoder().encode
 _FOR_A_PEER: Mapping[type[BaseException], str] = {
     shm.SegmentMissing: "there is no such segment where it would be read (another host or container?)",
     shm.LayoutMismatch: "the segment is no ring of this version and this user",
+    shm.RingFull: "it is full",
+    shm.RecordTooLarge: "it is too small for this",
     shm.NoSpace: "memory is short where it would be read; the log there says which and how to get more",
 }
 
