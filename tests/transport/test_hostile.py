@@ -227,7 +227,8 @@ _FEW = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, 4096))  # what is left by the shell, and what may be had
 import transport
-with transport.listen(sys.argv[1], config=transport.TransportConfig(backend="frames", max_peers=1000)) as front:
+config = transport.TransportConfig(backend="frames", max_peers=1000)
+with transport.listen(sys.argv[1], config=config) as front:
     print("listens", flush=True)
     front.wait_for_peers({"good"}, timeout=60)
     front.send({"n": 1}, to="good")
