@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from contextlib import suppress
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from contextlib import closing, suppress
 from typing import Any
 
 from engine.config import EngineConfig
 from engine.errors import StartError
+from engine.folders import PrivateFolder
 from engine.headless import Headless
 
 _POLITE = 5.0
@@ -28,8 +27,8 @@ class RankActor:
 
     def serve(self, config: str) -> None:
         """Until the head says that its run is over. config: as TOML. `StartError` as `Headless.run`."""
-        with TemporaryDirectory(prefix="tensorferry-") as folder:
-            file = Path(folder) / "config.toml"
+        with closing(PrivateFolder()) as folder:
+            file = folder.path / "config.toml"
             file.write_text(config, encoding="utf-8")
             given = EngineConfig.load({}, environ={}, file=file)
         Headless(given).run()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -19,9 +17,8 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import StartError
+from engine.folders import PrivateFolder
 
-# Longest path of a Unix socket, of which the folder leaves room for the file's name.
-_LONGEST_FOLDER = 107 - len("/front.sock")
 _LAST_WORDS = 20
 _POLITE, _TERMINATE, _KILL = 5.0, 2.0, 10.0
 
@@ -110,8 +107,8 @@ class LocalRanks:
     def __init__(self, config: EngineConfig, *, address: str | None = None, patience: float = 0.0) -> None:
         self._config = config
         self._patience = patience
-        self._folder = private_folder()
-        self.address = address or f"ipc://{self._folder}/front.sock"
+        self._folder = PrivateFolder()
+        self.address = address or f"ipc://{self._folder.path}/front.sock"
         self.processes: dict[str, list[RankProcess]] = {}
         self._starts = itertools.count()
 
@@ -140,12 +137,12 @@ class LocalRanks:
 
     @property
     def _file(self) -> Path:
-        return self._folder / "config.toml"
+        return self._folder.path / "config.toml"
 
     def _start(self, number: int) -> None:
         rank, size = f"rank{number}", self._config.tensor_parallel_size
         # Never that of an earlier start, where its dead have been.
-        rendezvous = self._folder / f"{rank}.{next(self._starts)}.meeting"
+        rendezvous = self._folder.path / f"{rank}.{next(self._starts)}.meeting"
         place_here = self._config.data_parallel_rank_local + number - self._config.local_ranks.start
         for place, name in enumerate(self._config.worker_names(rank)):
             arguments = ["--rank", rank, "--worker", str(place), "--address", self.address]
@@ -169,7 +166,7 @@ class LocalRanks:
         self._signal(running, signal.SIGKILL, _KILL)
         for process in self._all():
             process.finish()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.close()
 
     def _all(self) -> Iterator[RankProcess]:
         return itertools.chain.from_iterable(self.processes.values())
@@ -196,25 +193,6 @@ def wait_for_an_end(processes: Sequence[RankProcess], timeout: float) -> None:
         for descriptor in watched:
             stack.callback(os.close, descriptor)
         select.select(watched, [], [], timeout)
-
-
-def private_folder() -> Path:
-    """Make an empty folder that only this user may enter, with a path short enough for a socket in it.
-
-    Raises:
-        StartError: nowhere is such a folder possible.
-    """
-    tried = []
-    for parent in dict.fromkeys((os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp")):
-        if not parent or len(os.fsencode(parent)) + len("/tensorferry-12345678") > _LONGEST_FOLDER:
-            continue
-        try:
-            return Path(tempfile.mkdtemp(prefix="tensorferry-", dir=parent))  # 0700
-        except OSError as error:
-            tried.append(f"{parent}: {error.strerror}")
-    raise StartError(
-        f"no folder for the socket of the ranks ({'; '.join(tried)}); set TMPDIR to a short path"
-    )
 
 
 def _environment() -> dict[str, str]:

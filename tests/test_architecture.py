@@ -57,11 +57,11 @@ RANKS: dict[str, list[set[str]]] = {
     ],
     "engine": [
         {"console", "errors", "images", "options", "parallel", "segments", "signals"},
-        {"config", "keys", "loading", "model", "ps", "results", "staging", "sweep", "top", "vllm.settings"},
+        {"config", "folders", "keys", "loading", "model", "ps", "results", "staging", "top", "vllm.settings"},
         {"vllm.counts", "vllm.mailbox"},
         {"vllm.check", "vllm.roles"},
         {"vllm_plugin"},
-        {"doctor", "environment", "huggingface", "output", "protocol", "report"},
+        {"doctor", "environment", "huggingface", "output", "protocol", "report", "sweep"},
         {"catalog"},
         {"job", "launch", "worker"},
         {"headless"},
