@@ -84,7 +84,8 @@ class Reply(msgspec.Struct, tag=True, frozen=True):
 def transport_config(config: EngineConfig, *, replies: bool = False) -> transport.TransportConfig:
     """The transport's settings: its options that the engine has under the same name.
 
-    replies: those of a rank, whose small answers need no ring of its own.
+    replies: those of a rank, whose small answers need no ring of its own. Its steps are logged at the level
+    that asks for it, and traced at no other, since that takes time.
     """
     theirs = {field.name for field in dataclasses.fields(transport.TransportConfig)}
     ours = {item.name: getattr(config, item.name) for item in options_of(type(config))}
@@ -94,5 +95,6 @@ def transport_config(config: EngineConfig, *, replies: bool = False) -> transpor
         backend="auto" if replies and backend == "shm" else backend,
         ring_bytes=config.ring_bytes,
         inline_below=config.inline_below,
+        trace=transport.log_trace if config.log_level == "debug" else None,
         **same,
     )

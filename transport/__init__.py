@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from transport.backends.base import Held
-from transport.config import TransportConfig
+from transport.config import TransportConfig, log_trace
 from transport.curve import make_keys
 from transport.devices import Piece, copies_from_host, copy_in
 from transport.endpoint import Endpoint, PeerInfo, connect, listen
@@ -38,6 +38,7 @@ __all__ = [
     "copies_from_host",
     "copy_in",
     "listen",
+    "log_trace",
     "make_keys",
     "register_rings",
     "registered",

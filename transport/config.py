@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Trace = Callable[[str, int, Mapping[str, object]], None]
+
+_log = logging.getLogger("tensorferry.transport")
+
+
+def log_trace(event: str, ns: int, fields: Mapping[str, object]) -> None:
+    """A `trace` that writes each step to the logger `tensorferry.transport`, at DEBUG.
+
+    ns: the monotonic clock, which all processes of a host share.
+    """
+    if _log.isEnabledFor(logging.DEBUG):
+        _log.debug("%s at %d ns: %s", event, ns, " ".join(f"{name}={fields[name]}" for name in fields))
 
 
 def _option(default: Any, text: str, **limits: Any) -> Any:

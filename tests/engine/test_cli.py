@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -14,8 +15,10 @@ from safetensors import safe_open
 
 from engine import EngineConfig, signals
 from engine.cli import main
+from engine.protocol import transport_config
 from tests.engine.pictures import expected, picture, save
 from tests.engine.processes import ROOT, python, ran
+from transport import log_trace
 
 QUICK = ["--model", "tests.engine.models:Checksum", "--inline-below-kb", "0"]
 
@@ -184,6 +187,25 @@ class TestUsage:
         done = tensorferry("--version")
         assert done.returncode == 0
         assert done.stdout.startswith("tensorferry ")
+
+
+class TestDebug:
+    def test_shows_every_step_of_front_and_ranks_and_no_name_of_a_segment(self, tmp_path: Path) -> None:
+        (path,) = save(tmp_path, 1)
+        done = tensorferry("run", path, *QUICK, "--log-level", "debug")
+        assert done.returncode == 0
+        for step in (
+            r"tensorferry: debug: send\.put at \d+ ns: tensors=1 peers=1",
+            r"tensorferry: debug: ring\.reserve at \d+ ns: records=1 nbytes=\d+",
+            r"\[rank0\] DEBUG tensorferry\.transport: receive\.opening at \d+ ns: peer=front number=\d+",
+            r"\[rank0\] DEBUG tensorferry\.transport: ring\.opened at \d+ ns: slot=\d+ generation=\d+",
+        ):
+            assert re.search(f"^{step}$", done.stderr, re.MULTILINE), (step, done.stderr)
+        assert not re.search(r"/dev/shm|tensorferry\.\d+\.[0-9a-f]{32}", done.stderr)
+
+    def test_costs_nothing_at_other_levels(self) -> None:
+        assert transport_config(EngineConfig(log_level="info")).trace is None
+        assert transport_config(EngineConfig(log_level="debug")).trace is log_trace
 
 
 class TestSegments:
