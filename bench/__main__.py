@@ -26,6 +26,7 @@ from bench import (
     ring,
     scale,
     sockets,
+    steps,
     table,
     tcp,
     tensor_parallel,
@@ -36,6 +37,7 @@ from bench.harness import Result, Row, run
 BENCHMARKS = {
     "ring": ring.BENCHMARK,
     "channel": channel.BENCHMARK,
+    "steps": steps.BENCHMARK,
     "memory": memory.BENCHMARK,
     "idle": idle.BENCHMARK,
     "gpu": gpu.BENCHMARK,

@@ -1,10 +1,11 @@
-"""The README's code runs as it stands there, and its links lead somewhere."""
+"""The README's code runs as it stands there, its links lead somewhere, and lists in docs are complete."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from tests.crash.test_every_step import events_in_the_source
 from tests.engine.processes import python
 
 ROOT = Path(__file__).parent.parent
@@ -35,3 +36,10 @@ def test_the_two_transport_blocks_talk_to_each_other(address: str) -> None:
 def test_links_lead_to_files() -> None:
     for target in re.findall(r"\]\((?!https://)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_operations_page_lists_every_step() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    rows = page.partition("| event | when | fields |")[2].partition("\n\n")[0].splitlines()
+    listed = [event for row in rows if row for event in re.findall(r"`([\w.]+)`", row.split("|")[1])]
+    assert sorted(listed) == sorted(events_in_the_source())

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from bench import channel, machine, memory, payload, report, ring, table, ways
+from bench import channel, machine, memory, payload, report, ring, steps, table, ways
 from bench.__main__ import BENCHMARKS
 from bench.__main__ import main as command
 from bench.harness import Outcome, Result, Row, run
@@ -25,6 +25,7 @@ KIB, MIB = 1 << 10, 1 << 20
 SMALL: Mapping[str, Mapping[str, Json]] = {
     "ring": {"capacity": MIB, "live": 20, "smallest": KIB, "largest": 4 * KIB, "blocks": 2},
     "channel": {"nbytes": 64 * KIB, "messages": 3},
+    "steps": {"messages": 3},
     "memory": {"prompts": 2, "images": 2, "nbytes": MIB},
     "idle": {"seconds": 0.2},
     "tensor-parallel": {"plan": [[MIB, 2], [2 * MIB, 2]], "device": "cpu"},
@@ -47,6 +48,7 @@ RUN = [
 # What the other ways have in common with one of these need not be tried each time.
 TRIED: Mapping[str, set[str]] = {
     "channel": {"loan", "pickle"},
+    "steps": {"shm"},
     "table": {"loan", "segment", "torch fd"},
     "latency": {"floor", "shm", "zmq tcp"},
 }
@@ -123,6 +125,23 @@ def test_ratio_is_taken_within_a_round() -> None:
     _, ratios = channel.BENCHMARK.show([Result(row=row, outcomes=outcomes) for row in rows])
     assert {cell for cells in ratios.rows for cell in cells[1:]} == {"2.00 [2.00..2.00]"}
     assert any("MISSED" in note for note in ratios.notes)
+
+
+def test_steps_of_both_ends_are_put_in_order_and_rare_ones_left_out() -> None:
+    row = steps.BENCHMARK.rows(True)[0]
+    near = {"called": 1_000_000, "send.put": 1_020_000, "answered": 1_090_000}
+    far = {"receive.arrived": 1_050_000, "dropped": 1_060_000}
+    values: dict[str, Json] = {
+        "near": [{**near, "ring.grow": 1_001_000}, {**near, "answered": 1_110_000}, near],
+        "far": [far, {**far, "receive.arrived": 1_030_000}, {"dropped": 1_080_000}],
+    }
+    (grid,) = steps.BENCHMARK.show([Result(row=row, outcomes=[_good(values)])])
+    assert [[cell.split(" [")[0] for cell in cells] for cells in grid.rows] == [
+        ["near send.put", "20.0", "20.0"],
+        ["far receive.arrived", "40.0", "40.0"],
+        ["far dropped", "20.0", "60.0"],
+        ["near answered", "70.0", "90.0"],
+    ]
 
 
 def test_memory_is_counted_above_idle() -> None:

@@ -104,7 +104,6 @@ def test_the_folder_of_a_killed_maker_goes_at_the_next_start_or_sweep(place: Pat
 def test_a_living_maker_keeps_its_folder_also_while_it_is_stopped(place: Path) -> None:
     with maker() as (process, path, _), closing(PrivateFolder()) as ours:
         process.send_signal(signal.SIGSTOP)
-        assert str(place) not in sweep()
         assert folders.sweep() == []
         assert len(list(path.iterdir())) == 3
         assert ours.path.exists()
@@ -160,7 +159,7 @@ def test_a_folder_that_is_just_being_made_survives_sweeps(place: Path, tmp_path:
     with python("-c", SWEEPER, str(tmp_path / "enough")) as sweeper:
         assert sweeper.stdout is not None
         sweeper.stdout.readline()
-        for _ in range(300):
+        for _ in range(100):
             with closing(PrivateFolder()) as folder:
                 (folder.path / "front.sock").touch()
                 os.sched_yield()
