@@ -33,9 +33,9 @@ class Joined(msgspec.Struct, tag=True, frozen=True):
         """What a process of this host says, and what its head compares it with."""
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         sizes = f"{config.data_parallel_size} × {config.tensor_parallel_size}"
-        model = Path(config.model).name  # of a folder, which need not lie at the same place everywhere
         asked = f", asked {config.generate!r} for {config.max_tokens} tokens" if config.generate else ""
-        serves = f"{model} with seed {config.seed} on {sizes} workers{asked}"
+        # A folder need not lie at the same place everywhere.
+        serves = f"{model_name(config)} with seed {config.seed} on {sizes} workers{asked}"
         return cls(socket.gethostname(), os.getpid(), boot, serves)
 
 
@@ -79,6 +79,22 @@ class Reply(msgspec.Struct, tag=True, frozen=True):
     errors: dict[int, str]
     hop_ns: int
     texts: dict[int, str] = {}
+
+
+def model_name(config: EngineConfig) -> str:
+    """The model as other hosts may know it: of a folder its name, not its path."""
+    return Path(os.path.expanduser(config.model)).absolute().name
+
+
+def outward(text: str, config: EngineConfig, rendezvous: Path) -> str:
+    """What a rank's head may read of a text: the model, and the file where workers meet, by name alone."""
+    model, name = os.path.expanduser(config.model), model_name(config)
+    paths = {str(Path(model).absolute()): name, os.path.realpath(model): name, config.model.rstrip("/"): name}
+    paths[str(rendezvous)] = rendezvous.name
+    for path in sorted(paths, key=len, reverse=True):  # an absolute one before the relative one in it
+        if os.sep in path.strip("./"):
+            text = text.replace(path, paths[path])
+    return text
 
 
 def transport_config(config: EngineConfig, *, replies: bool = False) -> transport.TransportConfig:

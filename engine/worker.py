@@ -19,7 +19,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ from engine.errors import HEAD_LOST, NO_HEAD
 from engine.model import Batch, Model, ModelError, Outputs, load_part
 from engine.options import ConfigError
 from engine.parallel import Parallel, ParallelError, join
-from engine.protocol import FRONT, Joined, Ready, Reply, Request, Stop, transport_config
+from engine.protocol import FRONT, Joined, Ready, Reply, Request, Stop, outward, transport_config
 from engine.staging import Staged, Stager, choose_device, staged
 
 _log = logging.getLogger("tensorferry.worker")
@@ -55,15 +56,21 @@ class _Opened(NamedTuple):
 
 
 class Worker:
-    """A loaded model and the link to the front end."""
+    """A loaded model and the link to the front end. outward: of a text what the front end is told."""
 
     def __init__(
-        self, endpoint: transport.Endpoint, model: Model, device: torch.device, parallel: Parallel
+        self,
+        endpoint: transport.Endpoint,
+        model: Model,
+        device: torch.device,
+        parallel: Parallel,
+        outward: Callable[[str], str],
     ) -> None:
         self._endpoint = endpoint
         self._model = model
         self._device = device
         self._parallel = parallel
+        self._outward = outward
         # On the CPU the model reads the views into the ring themselves.
         self._stager = Stager(device) if device.type == "cuda" else None
         self._opened: queue.SimpleQueue[_Opened | None] = queue.SimpleQueue()
@@ -136,7 +143,7 @@ class Worker:
     def _one_by_one(self, request: Request, error: Exception, reply: Reply) -> None:
         """The batch failed: find out which photographs are to blame, and answer for the others."""
         if len(request.pixel_values) == 1:
-            reply.errors[0] = _named(error)
+            reply.errors[0] = self._outward(_named(error))
             return
         for place in range(len(request.pixel_values)):
             try:
@@ -144,7 +151,7 @@ class Worker:
             except ParallelError:
                 raise
             except Exception as alone:  # noqa: BLE001  # as above
-                reply.errors[place] = _named(alone)
+                reply.errors[place] = self._outward(_named(alone))
 
     def _encode(self, request: Request, places: Sequence[int], reply: Reply) -> None:
         """Add the outputs, where all workers came to some: what fails for one has failed for all."""
@@ -182,6 +189,14 @@ def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def _outward(place: Place, config: EngineConfig, text: str) -> str:
+    """What the front end is told of an error; the whole stays here, where it differs."""
+    told = outward(text, config, place.rendezvous)
+    if told != text:
+        _log.error("%s", text)
+    return told
+
+
 class Place(NamedTuple):
     """Which worker of which rank this is, the file over which they meet, and which of the GPUs it takes."""
 
@@ -212,13 +227,14 @@ def serve(place: Place, address: str, config: EngineConfig, *, patience: float =
             model = choose_model(config)
             parallel = _join(place, device, config)
             load_part(model, device=device, seed=config.seed, parallel=parallel)
-            stop = Worker(endpoint, model, device, parallel).run()
+            stop = Worker(endpoint, model, device, parallel, partial(_outward, place, config)).run()
         except transport.TransportError as error:
             print(error, file=sys.stderr)
             return HEAD_LOST
         except Exception as error:  # noqa: BLE001  # whatever it was, the front end must hear of it
             expected = isinstance(error, ModelError | ParallelError | ValueError)
-            endpoint.send(Ready(error=str(error) if expected else _named(error)), to=FRONT)
+            text = _outward(place, config, str(error) if expected else _named(error))
+            endpoint.send(Ready(error=text), to=FRONT)
             return 1
         parallel.leave()
     if stop is not None and stop.reason:

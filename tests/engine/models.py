@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -49,6 +50,13 @@ class LoadsLate(Checksum):
     def load(self, *, device: torch.device, seed: int) -> None:
         while not Path(os.environ["LOAD_WHEN"]).exists():
             time.sleep(0.01)
+
+
+class TellsWhere(Checksum):
+    """Fails with the path over which the workers of its rank meet."""
+
+    def forward(self, batch: Batch) -> Outputs:
+        raise OSError(f"cannot read {sys.argv[sys.argv.index('--rendezvous') + 1]}")
 
 
 class DiesInLoad(Checksum):

@@ -17,6 +17,7 @@ from engine import Engine, EngineConfig, StartError
 from engine.catalog import choose_model, choose_processor
 from engine.images import open_image, sample_photographs
 from engine.model import Batch, ModelError
+from engine.protocol import outward
 from tests.engine import folders
 from tests.engine.pictures import picture
 
@@ -160,8 +161,12 @@ class TestRefused:
     def test_weights_that_are_pickled(self, copy: Path) -> None:
         torch.save({}, copy / "pytorch_model.bin")
         (copy / "model.safetensors").unlink()
-        with pytest.raises(ModelError, match=r"its model can't be loaded: .*safetensors"):
+        with pytest.raises(ModelError, match=r"its model can't be loaded: .*safetensors") as caught:
             choose_model(config(copy)).load(device=CPU, seed=0)
+        assert str(copy) in str(caught.value)
+        told = outward(str(caught.value), config(copy), Path())  # to a head on another host
+        assert told.startswith(f"{copy.name}: its model can't be loaded: ")
+        assert str(copy.parent) not in told
 
     def test_code_of_the_folder(self, copy: Path) -> None:
         (copy / "theirs.py").write_text("raise SystemExit('it was run')")

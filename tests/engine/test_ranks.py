@@ -18,7 +18,7 @@ from PIL import Image
 import transport
 from engine import ConfigError, Engine, EngineConfig, NoRankLeft, StartError
 from engine.model import Batch
-from engine.protocol import FRONT, Joined, Ready, Reply, Request, Stop, transport_config
+from engine.protocol import FRONT, Joined, Ready, Reply, Request, Stop, outward, transport_config
 from tests.engine.models import Checksum
 from tests.engine.pictures import expected, picture
 from tests.engine.processes import python
@@ -106,6 +106,55 @@ def test_a_late_answer_of_a_request_that_was_sent_again_is_dropped_and_counted()
         assert result.embedding.equal(expected(picture(number)))
     assert figures.late >= 1
     assert figures.images == figures.requests
+
+
+def test_a_head_is_told_no_path_of_a_rank(short_path: Path, address: str) -> None:
+    """The whole stays on the standard error of the rank."""
+    model, file = short_path / "nowhere", short_path / "config.toml"
+    config = EngineConfig(model=str(model))
+    file.write_text(config.to_toml())
+    command = ["-m", "engine.worker", "--rank", "rank0", "--address", address, "--config", str(file)]
+    with (
+        transport.listen(address, name=FRONT, config=transport_config(config)) as head,
+        python(*command) as rank,
+    ):
+        joined = head.receive(Joined, timeout=60).body
+        ready = head.receive(Ready, timeout=60).body
+        _, said = rank.communicate(timeout=60)
+    assert joined.serves.startswith("nowhere with seed")
+    assert ready.error == "model 'nowhere': there is no such folder"
+    assert f"model '{model}': there is no such folder" in said
+
+
+def test_an_image_that_fails_tells_no_path_of_a_rank(capfd: pytest.CaptureFixture[str]) -> None:
+    with Engine(EngineConfig(model="tests.engine.models:TellsWhere")) as engine:
+        folder = os.path.dirname(engine.peers[0].address.removeprefix("ipc://"))
+        (result,) = engine.encode([picture(0)])
+    assert result.error.endswith("OSError: cannot read rank0.0.meeting")
+    assert f"OSError: cannot read {folder}/rank0.0.meeting" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("asked", ["{folder}", "{folder}/", "models/qwen", "~/models/qwen", "link/qwen"])
+def test_a_model_is_known_by_the_name_of_its_folder(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "models" / "qwen"
+    folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to("models")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = EngineConfig(model=asked.format(folder=folder))
+    path = Path(config.model).expanduser().absolute()
+    text = f"model {config.model!r}: {path}: no {path}/model.safetensors, a link to {folder.resolve()}/part"
+    told = outward(text, config, Path()).replace("qwen/'", "qwen'")
+    assert told == "model 'qwen': qwen: no qwen/model.safetensors, a link to qwen/part"
+    assert outward("8/2 of 4 / 2 fail", config, Path()) == "8/2 of 4 / 2 fail"
+
+
+@pytest.mark.parametrize("asked", ["builtin", "own.module:Class", ".", "/"])
+def test_a_model_without_a_path_changes_no_text(asked: str) -> None:
+    text = "model /a/b: 1 / 2 . ./ fail"
+    assert outward(text, EngineConfig(model=asked), Path()) == text
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
