@@ -137,7 +137,8 @@ def _remove(descriptor: int, path: Path) -> None:
 
 def _let_go_in_child() -> None:
     for folder in _held:
-        os.close(folder._descriptor)
+        with suppress(OSError):
+            os.close(folder._descriptor)
     _held.clear()
     _claiming.release()
 
