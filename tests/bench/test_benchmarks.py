@@ -38,7 +38,7 @@ SMALL: Mapping[str, Mapping[str, Json]] = {
     "vllm": {"side": 56},
 }
 # A row takes processes of its own, and with all of them the suite takes minutes more.
-APART = ("idle", "latency", "memory", "scale", "sockets", "table", "tcp", "tensor-parallel", "vllm")
+APART = ("idle", "latency", "memory", "scale", "sockets", "steps", "table", "tcp", "tensor-parallel", "vllm")
 RUN = [
     pytest.param(
         name, marks=pytest.mark.gpu if name == "gpu" else pytest.mark.stress if name in APART else ()

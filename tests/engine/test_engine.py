@@ -275,7 +275,10 @@ class TestDeath:
             assert "no rank had room" in results[2].error
             assert engine.peers[0].error == ""  # slow is never dead
 
-    def test_ranks_leave_when_their_front_end_was_killed(self) -> None:
+    def test_ranks_leave_when_their_front_end_was_killed(
+        self, short_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_path))  # where no other test's start sweeps
         script = textwrap.dedent(f"""
             import time
             from engine import Engine, EngineConfig
