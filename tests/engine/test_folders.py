@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import stat
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -27,11 +26,12 @@ for name in ("front.sock", "config.toml", "rank0.0.meeting"):
     (folder.path / name).touch()
 child = 0
 if sys.argv[1:] == ["forks"]:
-    child = os.fork()
+    if os.fork():
+        signal.pause()
+    child = os.getpid()
 elif sys.argv[1:] == ["starts"]:
     child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], close_fds=False).pid
-if child or not sys.argv[1:]:
-    print(folder.path, child, flush=True)
+print(folder.path, child, flush=True)
 signal.pause()
 """
 
@@ -169,18 +169,21 @@ def test_a_folder_that_is_just_being_made_survives_sweeps(place: Path, tmp_path:
     assert list(place.iterdir()) == []
 
 
+@pytest.mark.parametrize("before", ["open", "flock"])
 def test_a_sweep_between_making_and_locking_costs_another_try(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
-    make = tempfile.mkdtemp
-    made: list[str] = []
+    module = {"open": os, "flock": fcntl}[before]
+    step = getattr(module, before)
+    met: list[Path] = []
 
-    def met_by_a_sweep(**how: str) -> str:
-        made.append(make(**how))
-        if len(made) == 1:
-            subprocess.run([sys.executable, "-c", "from engine import folders; folders.sweep()"], check=True)
-        return made[-1]
+    def met_by_a_sweep(*given: object) -> object:
+        if not met and (made := list(place.iterdir())):
+            met.extend(made)
+            sweep()
+        return step(*given)
 
-    monkeypatch.setattr(tempfile, "mkdtemp", met_by_a_sweep)
+    monkeypatch.setattr(module, before, met_by_a_sweep)
     with closing(PrivateFolder()) as folder:
-        assert [str(path) for path in place.iterdir()] == [str(folder.path)] == made[1:]
+        assert len(met) == 1
+        assert list(place.iterdir()) == [folder.path] != met
