@@ -77,6 +77,7 @@ RANKS: dict[str, list[set[str]]] = {
 # transport uses shm in its backends alone; who looks at segments, not at messages, may look at shm itself.
 DOORS_TO_SHM = {
     "transport.backends.shm",
+    "transport.backends.ring_messages",
     "transport.backends.shm_inbound",
     "transport.backends.cuda",
     "transport.backends.records",
