@@ -75,6 +75,13 @@ class _Rank:
         return sum(job.nbytes for job in self.outstanding.values())
 
     @property
+    def load(self) -> str:
+        """What it has to do, since when, for a person."""
+        oldest = min((job.sent for job in self.outstanding.values()), default=0.0)
+        since = f", the oldest for {time.monotonic() - oldest:.1f} s" if oldest else ""
+        return f"{len(self.outstanding)} requests ({self.nbytes} bytes){since}"
+
+    @property
     def names(self) -> list[str]:
         return [worker.process.name for worker in self.workers]
 
@@ -107,6 +114,7 @@ class Dispatcher:
         self._workers = {
             worker.process.name: (rank, worker) for rank in self._ranks.values() for worker in rank.workers
         }
+        self._warnings = transport.RateLimit()
         self._timeout = config.request_timeout
         self._patience = config.startup_timeout
         self._here = Joined.here(config)
@@ -180,11 +188,12 @@ class Dispatcher:
         except transport.Timeout:
             return False
         except (transport.ProtocolError, transport.PeerGone) as error:
-            _log.error("an answer could not be read: %s", error)
+            self._warnings.tell(_log.error, f"an answer could not be read: {error}", "unreadable")
             return True
         rank, worker = self._workers.get(message.sender, (None, None))
         if rank is None or worker is None:
-            _log.error("%r is none of the ranks; what it sent is ignored", message.sender)
+            text = f"{message.sender!r} is none of the ranks; what it sent is ignored"
+            self._warnings.tell(_log.error, text, "stranger")
         elif isinstance(message.body, Reply):
             self._answered(rank, message.body)
         elif isinstance(message.body, Joined):
@@ -227,7 +236,8 @@ class Dispatcher:
         job = rank.outstanding.pop(reply.id, None)
         if job is None or job.settled:
             self.late += 1
-            _log.warning("%s answers a request too late, which went to another or was given up", rank)
+            text = f"{rank} answers a request too late, which went to another or was given up"
+            self._warnings.tell(_log.warning, f"{text}; it has {rank.load}", "late", str(rank))
             return
         rank.requests += 1
         self.requests += 1
@@ -345,16 +355,12 @@ class Dispatcher:
             for job in rank.outstanding.values():
                 if job.sent < latest and not job.settled:
                     # It stays outstanding: slow is not dead, and the rank still has it to do.
-                    job.fail(f"{rank} has not answered within {self._timeout:g} s (request_timeout)")
-                    _log.error("%s has not answered a request within %g s", rank, self._timeout)
+                    late = f"{rank} has not answered within {self._timeout:g} s (request_timeout)"
+                    job.fail(f"{late}; it has {rank.load}")
+                    self._warnings.tell(_log.error, f"{late}; it has {rank.load}", "overdue", str(rank))
 
     def _busy(self) -> str:
-        now = time.monotonic()
-        return ", ".join(
-            f"{rank} has {len(rank.outstanding)} requests, the oldest for {now - oldest:.0f} s"
-            for rank in self._ranks.values()
-            if (oldest := min((job.sent for job in rank.outstanding.values()), default=0.0))
-        )
+        return ", ".join(f"{rank} has {rank.load}" for rank in self._ranks.values() if rank.outstanding)
 
     def status(self) -> list[RankStatus]:
         """Every rank as it is now, those that are gone included."""

@@ -75,6 +75,7 @@ class Worker:
         self._stager = Stager(device) if device.type == "cuda" else None
         self._opened: queue.SimpleQueue[_Opened | None] = queue.SimpleQueue()
         self._stop: Stop | None = None
+        self._warnings = transport.RateLimit()
 
     def run(self) -> Stop | None:
         """Answer requests until the front end says stop, and what it says; None when it is gone.
@@ -118,7 +119,7 @@ class Worker:
             except transport.Timeout:
                 continue
             except transport.ProtocolError as error:  # one message is lost, the link is good
-                _log.error("a request could not be read: %s", error)
+                self._warnings.tell(_log.error, f"a request could not be read: {error}", "unreadable")
                 continue
             if isinstance(message.body, Stop):
                 self._stop = message.body

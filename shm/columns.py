@@ -75,9 +75,11 @@ class Columns:
         return gone
 
     def name(self, column: int) -> str:
-        """Who has a column, for people."""
+        """Who has a column, for people: its name, and its pid if known."""
         tenant = self.tenants.get(column)
-        return tenant.name if tenant else f"column {column}"
+        if tenant is None:
+            return f"column {column}"
+        return f"{tenant.name} (pid {tenant.pid})" if tenant.pid else tenant.name
 
     def unopened(self, generations: Words, *, most: int) -> list[int]:
         """The slots whose generation there is not 0 and open nowhere, as far as a glance can tell."""

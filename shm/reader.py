@@ -208,8 +208,7 @@ class RingReader:
                 if (seen := self.filled(handle)) < least:
                     raise StaleHandle(f"the writer died while it filled slot {handle.slot}")
             elif now - progressed > timeout:
-                pid = self._header[at.H_PID]
-                raise Stalled(f"the writer (pid {pid}) stopped while filling slot {handle.slot}")
+                raise self._stalled(handle, "filling", timeout)
         return seen
 
     def close(self) -> None:
@@ -282,11 +281,18 @@ class RingReader:
             deadline = deadline or now + timeout
             if not writer_died and now > deadline:
                 step = "reclaiming" if whole else "filling"
-                raise Stalled(f"the writer (pid {header[at.H_PID]}) stopped while {step} slot {slot}")
+                raise self._stalled(handle, step, timeout)
             tries += 1
             time.sleep(0 if tries < _YIELDS else _NAP)
         if not TOTAL_STORE_ORDER:
             fence()  # SYNC publish: the line before the bytes
+
+    def _stalled(self, handle: Handle, step: str, seconds: float) -> Stalled:
+        header, line = self._header, self._first_line + handle.slot * at.SLOT_WORDS
+        return Stalled(
+            f"the writer (pid {header[at.H_PID]}) stopped while {step} slot {handle.slot}: it has"
+            f" {header[line + at.S_FILLED]} of {handle.nbytes} bytes, no more in {seconds:.1f} s"
+        )
 
     def _populate_ahead(self) -> None:
         """Map the pages that the writer reserved since the last time, in the background."""

@@ -67,6 +67,17 @@ class Shares:
         seconds = max(0, time.monotonic_ns() - oldest[1]) / 1e9 if oldest else 0.0
         return Holding(int(opened.sum()) + len(flying), self._held(column, opened), seconds)
 
+    def accounts(self) -> list[str]:
+        """What each reader that holds anything holds, and since when, for people."""
+        found = []
+        for column in self._columns.tenants:
+            records, nbytes, seconds = self.held(column)
+            if records:
+                oldest = f", the oldest open for {seconds:.1f} s" if seconds else ""
+                name = self._columns.name(column)
+                found.append(f"{name} holds {records} records ({memory.human(nbytes)}){oldest}")
+        return found
+
     def by_name(self) -> dict[str, int]:
         """What each reader holds, in bytes."""
         held: dict[str, int] = {}

@@ -354,15 +354,13 @@ class RingWriter:
     def describe(self) -> str:
         """One sentence for the person who must find out why there is no space."""
         now = self.statistics()
-        held = ", ".join(f"{name} holds {memory.human(n)}" for name, n in now.readers.items())
-        oldest = now.oldest and f"oldest lease {now.oldest.seconds:.1f} s, by {now.oldest.reader}"
-        parts = [
+        with self._lock:
+            accounts = self._shares.accounts()
+        ring = (
             f"the ring of {memory.human(now.capacity)} has {now.live} records of"
-            f" {memory.human(now.used)} in all, largest free block {memory.human(now.largest_free)}",
-            held,
-            oldest,
-        ]
-        return "; ".join(part for part in parts if part)
+            f" {memory.human(now.used)} in all, largest free block {memory.human(now.largest_free)}"
+        )
+        return "; ".join([ring, *accounts])
 
     def share_bytes(self) -> int:
         """How many bytes one reader may hold or be sent at a time."""

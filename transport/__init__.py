@@ -13,6 +13,7 @@ from transport.registration import Registered, register_rings, registered, try_r
 from transport.specs import Bytes
 from transport.staging import Batch, Place, Stage
 from transport.tensors import concat, stack
+from transport.waiting import RateLimit
 
 __all__ = [
     "Batch",
@@ -27,6 +28,7 @@ __all__ = [
     "Piece",
     "Place",
     "ProtocolError",
+    "RateLimit",
     "Registered",
     "Stage",
     "Timeout",

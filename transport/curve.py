@@ -102,13 +102,13 @@ class Doorkeeper:
         try:
             known = zmq.auth.load_certificates(self._clients)
         except (OSError, ValueError) as error:
-            _log.warning("nobody can connect: the keys in %s cannot be read: %s", self._clients, error)
+            text = f"nobody can connect: the keys in {self._clients} cannot be read: {error}"
+            self._warnings.tell(_log.warning, text, "keys")
             return False
         if mechanism == b"CURVE" and z85.encode(key) in known:
             return True
-        left_out = self._warnings.left_out("unknown key")
-        if left_out is not None:
-            _log.warning("a connection was refused: its key is not in %s (%d more)", self._clients, left_out)
+        text = f"a connection was refused: its key is not in {self._clients}"
+        self._warnings.tell(_log.warning, text, "unknown key")
         return False
 
 

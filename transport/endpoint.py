@@ -133,7 +133,7 @@ class Endpoint:
                 missing = (
                     f"{peers} peers" if isinstance(peers, int) else ", ".join(sorted(set(peers) - there))
                 )
-                raise Timeout(f"waited for {missing}; linked: {', '.join(sorted(there)) or 'nobody'}")
+                raise Timeout(f"waited for {missing}; linked: {self._exchange.sender.lateness.linked()}")
             self._exchange.wait(left)
 
     @property
@@ -418,13 +418,10 @@ class Endpoint:
         return names
 
     def _nothing_came(self) -> str:
-        now = time.monotonic()
-        peers = ", ".join(
-            f"{link} linked for {now - link.since:.1f} s" for link in self._exchange.roster.links()
-        )
-        unfinished = self._exchange.receiver.what_is_written()
-        waited = unfinished or f"it waited for {peers or 'somebody to connect'}"
-        return f"{self.name!r} received nothing in time; {waited}"
+        exchange = self._exchange
+        unfinished = exchange.receiver.what_is_unfinished()
+        linked = exchange.sender.lateness.linked() if exchange.roster.links() else "somebody to connect"
+        return f"{self.name!r} received nothing in time; {unfinished or f'it waited for {linked}'}"
 
 
 def listen(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -35,10 +36,28 @@ class Lateness:
     def say(self, what: str, links: Sequence[Link], wait: str) -> None:
         """Warn that a wait was for these peers, each at most every 30 s."""
         for link in links:
-            left_out = self._warnings.left_out(link.peer.name, what)
-            if left_out is not None:
-                more = f" ({left_out} more such warnings left out)" if left_out else ""
-                _log.warning("%s for %s: %s%s", wait, what, self._account(link), more)
+            text = f"{wait} for {what}: {self.account(link)}"
+            self._warnings.tell(_log.warning, text, link.peer.name, what)
+
+    def account(self, link: Link) -> str:
+        """What a peer has not acknowledged and what it holds, since when, for a person."""
+        return f"{link.overdue()}{self.holding(link)}"
+
+    def holding(self, link: Link) -> str:
+        """The second half of that; "" where a peer reads no memory of this endpoint's."""
+        held = self._outbound.held(link.peer)
+        if held is None:
+            return ""
+        oldest = f", the oldest open for {held.oldest:.1f} s" if held.oldest else ""
+        return f"; it holds {held.records} records ({held.nbytes} bytes){oldest}"
+
+    def linked(self) -> str:
+        """The account of every peer, and since when it is linked; "nobody" when there is none."""
+        now = time.monotonic()
+        accounts = [
+            f"{self.account(link)}; linked for {now - link.since:.1f} s" for link in self._roster.links()
+        ]
+        return "; ".join(accounts) or "nobody"
 
     def _warn(self, what: str, links: Sequence[Link], nbytes: int, seconds: float) -> None:
         """Name the receivers that are late; else whoever is, and may hold the room; else the receivers."""
@@ -52,11 +71,3 @@ class Lateness:
     def _holds_long(self, link: Link) -> bool:
         held = self._outbound.held(link.peer)
         return held is not None and held.oldest > self._warn_after
-
-    def _account(self, link: Link) -> str:
-        """What a peer has not acknowledged and what it holds, since when, for a person."""
-        held = self._outbound.held(link.peer)
-        if held is None:
-            return link.overdue()
-        text = f"{link.overdue()}; it holds {held.records} records ({held.nbytes} bytes)"
-        return f"{text}, the oldest open for {held.oldest:.1f} s" if held.oldest else text

@@ -112,7 +112,7 @@ class Link:
                 self._unacknowledged.pop()
                 self._queued -= queued
                 if isinstance(error, Busy):
-                    raise Full(f"the queue to {self} is full") from error
+                    raise Full(f"the queue to {self.peer.name!r} is full; {self.overdue()}") from error
                 if isinstance(error, Unreachable):
                     raise PeerGone(f"the connection to {self} is lost") from error
                 raise
@@ -229,5 +229,4 @@ class Link:
         )
 
     def __str__(self) -> str:
-        pid = f" (pid {self.peer.pid})" if self.peer.pid else ""
-        return f"{self.peer.name!r}{pid} at {self.address}"
+        return f"{self.peer} at {self.address}"

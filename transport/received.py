@@ -30,11 +30,12 @@ class Waiting(NamedTuple):
 class Opened:
     """A message whose handles are open here; some of its bytes may still be on their way."""
 
-    __slots__ = ("arrays", "batch", "data", "incomplete", "sizes", "tensors", "waiting")
+    __slots__ = ("arrays", "batch", "data", "incomplete", "since", "sizes", "tensors", "waiting")
 
     def __init__(self, waiting: Waiting, data: Data) -> None:
         self.waiting = waiting
         self.data = data
+        self.since = time.monotonic()
         self.sizes: list[int] = []
         self.batch: Batch | None = None
         self.arrays: list[Bytes] = []

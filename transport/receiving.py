@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -110,12 +111,26 @@ class Receiver:
         """Whether a message that could be taken is there but for bytes that its sender still writes."""
         return bool(self._written)
 
-    def what_is_written(self) -> str:
-        """Which messages these are, for a person; "" when there is none."""
-        return "; ".join(
-            f"message {opened.data.number} from {link} is not written to its end"
+    def what_is_unfinished(self) -> str:
+        """Which messages came without all their bytes, for a person; "" when there is none."""
+        now = time.monotonic()
+        written = [
+            f"message {opened.data.number} from {link} is not written to its end: {sum(opened.sizes)} bytes,"
+            f" begun {now - opened.since:.1f} s ago"
             for link, opened in list(self._written.items())
-        )
+        ]
+        return "; ".join([*written, *filter(None, map(self._what_is_late, list(self.queue)))])
+
+    def _what_is_late(self, waiting: Waiting) -> str:
+        """The same of a message whose bytes come by themselves."""
+        link, message = waiting.link, waiting.message
+        for place in _places(message):
+            inbound = self.inbounds.get(place.backend)
+            handle = bytes(place.handle)
+            if inbound is not None and inbound.comes_later and not inbound.is_ready(link.peer, handle):
+                came = inbound.progress(link.peer, handle)
+                return f"message {message.number} from {link} waits for its bytes: {came}"
+        return ""
 
     def has_next(self) -> bool:
         """Whether there is a message that can be taken now, or soon without anything more coming."""

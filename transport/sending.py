@@ -171,7 +171,11 @@ class Sender:
 
     def lend(self, nbytes: int, timeout: float) -> Bytes | None:
         """Memory for a loan, as `Outbound.lend`."""
-        return self.outbound.lend(nbytes, timeout, self._watch("room for a loan", [], nbytes))
+        try:
+            return self.outbound.lend(nbytes, timeout, self._watch("room for a loan", [], nbytes))
+        except Full as error:
+            late = "".join(f"; {link.overdue()}" for link in self._roster.links() if link.unacknowledged)
+            raise Full(f"{error}{late}") from error
 
     def _find(self, names: Sequence[str], failed: dict[str, TransportError]) -> list[Link]:
         links = []
@@ -215,7 +219,7 @@ class Sender:
             except Full as error:
                 for link in [link for link in links if link.peer.name in error.failed] or list(links):
                     gone = PeerGone(f"{link} {link.ended}") if link.ended else None
-                    failed[link.peer.name] = gone or Full(f"{error}; {link.overdue()}")
+                    failed[link.peer.name] = gone or Full(f"{error}; {self.lateness.account(link)}")
                     links.remove(link)
             except TooLarge as error:
                 failed |= dict.fromkeys([link.peer.name for link in links], detached(error))
@@ -274,9 +278,9 @@ class Sender:
         for last in attempts(deadline - time.monotonic(), poll):
             try:
                 return post()
-            except Full:
+            except Full as error:
                 if last:
-                    raise
+                    raise Full(f"{error}{self.lateness.holding(link)}") from error
         raise AssertionError("the last attempt returns or raises")
 
     def _while_waiting(self) -> None:
@@ -334,7 +338,8 @@ class Sender:
             for link in sorted(links, key=lambda link: link.peer.link):
                 lock = self._parting.setdefault(link.peer.link, threading.Lock())
                 if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                    raise Timeout(f"another message in parts is still being sent to {link}; {link.overdue()}")
+                    late = self.lateness.account(link)
+                    raise Timeout(f"another message in parts is still being sent to {link.peer}; {late}")
                 stack.callback(lock.release)
             yield
 

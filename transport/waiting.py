@@ -78,3 +78,9 @@ class RateLimit:
             if len(self._passed) > _REMEMBER:
                 del self._passed[next(iter(self._passed))]
             return left_out
+
+    def tell(self, say: Callable[[str], object], text: str, *kind: str) -> None:
+        """Say it, with how many of its kind were left out since the last one, or leave it out, too."""
+        left_out = self.left_out(*kind)
+        if left_out is not None:
+            say(f"{text} ({left_out} more such warnings left out)" if left_out else text)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from engine.vllm.settings import exists
-from transport import Closed, Endpoint, Message, PeerGone, Timeout, TransportError
+from transport import Closed, Endpoint, Message, PeerGone, RateLimit, Timeout, TransportError
 
 _log = logging.getLogger("vllm.tensorferry")
 
@@ -46,6 +46,7 @@ class Mailbox:
         self._queues: dict[str, deque[tuple[Key, Arrival]]] = {}
         self._came = threading.Condition()
         self._closed = threading.Event()
+        self._warnings = RateLimit()
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._serve, name="tensorferry-mailbox", daemon=True)
 
@@ -108,7 +109,8 @@ class Mailbox:
             except Exception as error:  # noqa: BLE001  # without this thread no peer is answered
                 # After `close` it may be that the poller was closed under this thread's feet.
                 if not self._closed.is_set():
-                    _log.warning("tensorferry: %s: %s", type(error).__name__, error)
+                    kind = type(error).__name__
+                    self._warnings.tell(_log.warning, f"tensorferry: {kind}: {error}", kind)
                     self._closed.wait(_LOOK_SOON)
 
     def _sort(self, message: Message) -> None:

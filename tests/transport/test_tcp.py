@@ -21,7 +21,7 @@ import shm
 import transport
 from tests import leaks
 from tests.transport.proxy import Proxy
-from transport import Full, PeerGone, TransportConfig
+from transport import Full, PeerGone, Timeout, TransportConfig
 from transport.backends.base import Bytes, Peer
 from transport.backends.tcp import TcpInbound, TcpOutbound
 from transport.bulk.handshake import MAGIC
@@ -38,6 +38,7 @@ from transport.conformance import (
     serving,
     warm_up,
 )
+from transport.message import Data
 from transport.sources import Progress, Source
 from transport.specs import TensorSpec
 
@@ -127,6 +128,40 @@ class TestBadNetworks:
             assert near.next().body == {"small": True}
             proxy.stalled.clear()
             assert all(same(near.next().body["value"], noise(MIB, 1)) for _ in range(count - 1))
+
+    def test_bytes_that_are_still_to_come_are_counted_and_their_sender_named(self) -> None:
+        with pair() as (front, near, proxy):
+            near.stop()
+            proxy.stalled.set()
+            front.send({"value": noise(MIB)}, to="near")
+            who, what = rf"'front' \(pid {os.getpid()}\)", "nothing was announced"
+            with pytest.raises(
+                Timeout, match=rf"message 2 from {who} at tcp://\S+ waits for its bytes: {what}"
+            ):
+                near.endpoint.receive(timeout=0.1)
+            waiting = near.endpoint._exchange.receiver.queue[0]
+            assert isinstance(waiting.message, Data)
+            handle = bytes(waiting.message.tensors[0].handle)
+            inbound = near.endpoint._exchange.receiver.inbounds["tcp"]
+            with pytest.raises(Timeout, match=rf"a tensor of {who} are still to come: {what}"):
+                inbound.open(waiting.link.peer, handle, MIB, ())
+            proxy.stalled.clear()
+            assert same(near.endpoint.receive().body["value"], noise(MIB))
+
+    def test_a_connection_that_fails_again_and_again_is_one_line(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pair() as (front, near, _):
+            (link,) = near.endpoint._exchange.roster.links()
+            channel = hub_of(near.endpoint).channel(link.peer)
+            assert channel is not None
+            monkeypatch.setattr(channel.arriving, "arrived", None)
+            with suppress(PeerGone):
+                front.send({"value": noise(MIB)}, to="near")
+            until(lambda: "nothing but damage" in channel.fault)
+        (line,) = [record for record in caplog.records if "the bulk connection with" in record.message]
+        assert line.message == f"the bulk connection with 'front' (pid {os.getpid()}) failed"
+        assert line.exc_info is not None
 
     def test_a_connection_that_cannot_be_made_again_ends_the_link_in_time(self) -> None:
         with pair(tcp_timeout=1.0) as (front, near, proxy):

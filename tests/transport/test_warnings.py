@@ -18,6 +18,7 @@ import torch
 
 import transport
 from transport.conformance import WAIT, Pumped, digest, joined, noise, serving
+from transport.message import Abandon
 from transport.waiting import RateLimit, Wait
 
 MIB = 1 << 20
@@ -215,6 +216,90 @@ def test_a_receive_that_times_out_names_whom_it_waited_for(address: str) -> None
             pytest.raises(transport.Timeout, match=rf"'near' \(pid {os.getpid()}\) at .* linked for \d"),
         ):
             front.receive(timeout=0.01)
+
+
+def account(name: str, messages: int, records: int) -> str:
+    """What is told of a peer of this process that has neither acknowledged nor let go of so many MiB."""
+    return (
+        rf"'{name}' \(pid {os.getpid()}\) at ipc://\S+ has not acknowledged {messages} messages"
+        rf" \({messages * MIB} bytes\), the oldest \d+\.\d s old;"
+        rf" it holds {records} records \({records * MIB} bytes\), the oldest open for \d+\.\d s"
+    )
+
+
+@contextmanager
+def keeping(address: str, **changes: Any) -> Iterator[transport.Endpoint]:
+    """A front whose peer `near` has one record open and another on its way, of a MiB each."""
+    config = quick(**changes)
+    with transport.listen(address, config=config) as front, joined(front, "near", config) as near:
+        pumped = Pumped(near)
+        front.send({"x": noise(MIB)})
+        held = [pumped.next()]
+        pumped.stop()
+        front.send({"x": noise(MIB)})
+        yield front
+        held.clear()
+
+
+def test_a_receive_that_times_out_says_what_who_is_linked_holds(address: str) -> None:
+    with keeping(address) as front, pytest.raises(transport.Timeout) as caught:
+        front.receive(timeout=0.01)
+    pattern = (
+        rf"'front' received nothing in time; it waited for {account('near', 1, 2)}; linked for \d+\.\d s"
+    )
+    assert re.fullmatch(pattern, str(caught.value))
+
+
+def test_who_waits_for_peers_is_told_what_those_that_came_hold(address: str) -> None:
+    with keeping(address) as front, pytest.raises(transport.Timeout) as caught:
+        front.wait_for_peers({"near", "far"}, timeout=0.01)
+    assert re.fullmatch(
+        rf"waited for far; linked: {account('near', 1, 2)}; linked for \d+\.\d s", str(caught.value)
+    )
+
+
+def test_a_loan_for_which_there_is_no_room_says_who_has_it(address: str) -> None:
+    with (
+        keeping(address) as front,
+        pytest.raises(transport.Full) as caught,
+        front.loan((7 * MIB,), torch.uint8, timeout=0.01),
+    ):
+        pass
+    holder = rf"near \(pid {os.getpid()}\) holds 2 records \(2 MiB\), the oldest open for \d+\.\d s"
+    assert re.search(rf"; {holder}; 'near' .* has not acknowledged 1 messages", str(caught.value))
+
+
+def test_a_send_for_which_there_is_no_room_says_who_has_it(address: str) -> None:
+    with keeping(address) as front:
+        for room in (3 * MIB, 4 * MIB):  # of its share, which is 4 MiB
+            with pytest.raises(transport.Full, match=account("near", 1, 2)):
+                front.send({"x": noise(room)}, timeout=0.01)
+
+
+def test_a_window_that_is_used_up_says_what_the_peer_holds(address: str) -> None:
+    with keeping(address, max_queued_messages=1) as front, pytest.raises(transport.Full) as caught:
+        front.send({"small": 1}, timeout=0.01)
+    assert re.fullmatch(account("near", 1, 2), str(caught.value))
+
+
+def test_a_queue_that_is_full_says_what_the_peer_holds(address: str) -> None:
+    with keeping(address) as front:
+        (link,) = front._exchange.roster.links()
+        while link.tell(Abandon(link.peer.link, 1, 0)):  # which nobody reads
+            pass
+        with pytest.raises(transport.Full) as caught:
+            front.send({"small": 1}, timeout=0.01)
+    assert re.fullmatch(rf"the queue to 'near' is full; {account('near', 1, 2)}", str(caught.value))
+
+
+def test_a_hundred_of_a_kind_are_one_line_and_the_next_says_so() -> None:
+    limit, lines = RateLimit(seconds=1e9), list[str]()
+    for number in range(100):
+        limit.tell(lines.append, f"something {number}", "kind")
+    limit.tell(lines.append, "something else", "other kind")
+    limit._seconds = 0
+    limit.tell(lines.append, "again", "kind")
+    assert lines == ["something 0", "something else", "again (99 more such warnings left out)"]
 
 
 def test_one_of_a_kind_passes_and_the_rest_are_counted() -> None:

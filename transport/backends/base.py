@@ -43,6 +43,9 @@ class Peer(NamedTuple):
     address: str = ""
     dialled: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.name!r} (pid {self.pid})" if self.pid else repr(self.name)
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -257,6 +260,10 @@ class Inbound(ABC):
     def is_ready(self, peer: Peer, handle: bytes) -> bool:
         """Whether `open` has an answer: the bytes are there, or it is known that they are not to come."""
         return True
+
+    def progress(self, peer: Peer, handle: bytes) -> str:
+        """How much has come of what is not ready, for people."""
+        return ""
 
     def taken(self, peer: Peer, handle: bytes) -> None:
         """The message with that handle was taken, or refused: it will not be opened again."""

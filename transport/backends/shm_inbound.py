@@ -59,7 +59,7 @@ class ShmInbound(Inbound):
         except shm.ShmError as error:
             if isinstance(error, shm.NoSpace) and not self._short:  # once: peers may offer again and again
                 self._short = True
-                _log.warning("the ring of %s is not read in place: %s", peer.name, error)
+                _log.warning("the ring of %s is not read in place: %s", peer, error)
             return Refusal(for_peer(error))
         except OSError as error:  # its text may name a file, which is nothing for a peer
             return Refusal(f"the ring cannot be mapped: {error.strerror}")
@@ -197,7 +197,7 @@ def _completed(peer: Peer, reader: shm.RingReader, record: shm.Handle, end: int,
 def _told(error: shm.ShmError, peer: Peer, reader: shm.RingReader, *, early: bool = False) -> TransportError:
     """What opening a record of `peer` raised, as the transport's own error."""
     if isinstance(error, shm.Stalled):
-        return Timeout(f"{peer.name}: {error}")
+        return Timeout(f"{peer}: {error}")
     if isinstance(error, shm.RingClosed):
         return PeerGone(f"the ring of {peer.name}'s tensor is not mapped here any more")
     if early and _writer_alive(reader):

@@ -358,7 +358,8 @@ class TcpInbound(Inbound):
         deadline = time.monotonic() + _OPEN_MAY_TAKE
         while not channel.is_ready(where.transfer):
             if time.monotonic() > deadline:
-                raise Timeout(f"the bytes of {peer.name}'s tensor are still to come")
+                came = channel.arriving.progress(where.transfer)
+                raise Timeout(f"the bytes of a tensor of {peer} are still to come: {came}")
             time.sleep(_NAP)
         arrays = channel.arriving.landed.get(where.transfer)
         if arrays is None:
@@ -376,6 +377,10 @@ class TcpInbound(Inbound):
             return channel is None or channel.is_ready(decode_handle(handle).transfer)
         except ProtocolError:
             return True  # `open` will say so
+
+    def progress(self, peer: Peer, handle: bytes) -> str:
+        channel = self._site().hub.channel(peer)
+        return "" if channel is None else channel.arriving.progress(decode_handle(handle).transfer)
 
     def taken(self, peer: Peer, handle: bytes) -> None:
         hub = self._site().hub

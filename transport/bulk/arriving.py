@@ -69,6 +69,13 @@ class Arriving:
         """Whether something that was announced has no credit."""
         return self._look_at > 0
 
+    def progress(self, transfer: int) -> str:
+        """How much has come of a transfer that has not landed, for people."""
+        incoming = self._incoming.get(transfer)
+        if incoming is None:
+            return "nothing was announced of it"
+        return f"{incoming.came} of {incoming.nbytes} bytes have come"
+
     def take(self, transfer: int) -> int | None:
         """What landed was taken: the bytes that leave the window; None when nothing had landed."""
         arrays = self.landed.pop(transfer, None)

@@ -31,6 +31,7 @@ from transport.bulk.poller import IN, OUT, Poller
 from transport.bulk.tls import Identity, available
 from transport.bulk.transfer import Outgoing
 from transport.config import TransportConfig
+from transport.waiting import RateLimit
 
 _log = logging.getLogger("tensorferry.transport")
 
@@ -56,6 +57,7 @@ class Hub:
         self._poller = Poller()
         self._meeting = Meeting(config, self._poller, self._ways, self._connect)
         self._connected: dict[int, tuple[Channel, Connection]] = {}  # by descriptor
+        self._warnings = RateLimit()
         self._eager: set[int] = set()  # whose turn ended before there was nothing more to read
         _hubs.add(self)
 
@@ -275,7 +277,8 @@ class Hub:
         except Lost as error:
             self._lose(channel, connection, str(error), damaged=error.damaged)
         except Exception as error:  # noqa: BLE001  # what one peer sent must not end the others' connections
-            _log.exception("the bulk connection with %r failed", channel.peer.name)
+            text = f"the bulk connection with {channel.peer} failed"
+            self._warnings.tell(_log.exception, text, channel.peer.name)
             self._lose(channel, connection, f"{type(error).__name__} here", damaged=True)
         return False
 

@@ -139,6 +139,11 @@ class Incoming:
         return sum(self.sizes)
 
     @property
+    def came(self) -> int:
+        """How many of these have come; read in any thread."""
+        return sum(self.sizes[: self._index]) + self._start
+
+    @property
     def place(self) -> tuple[int, int]:
         """Up to which tensor, and byte of it, everything has come."""
         return self._index, self._start
