@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import textwrap
 import time
@@ -262,7 +263,7 @@ class TestDeath:
         assert indices == list(range(len(indices)))
         assert "SIGKILL" in results[-1].error
 
-    def test_a_silent_rank_fails_its_images_by_name(self) -> None:
+    def test_a_silent_rank_fails_its_images_by_name(self, caplog: pytest.LogCaptureFixture) -> None:
         with Engine(EngineConfig(model=MODEL, images_per_prompt=1, request_timeout=0.5)) as engine:
             pid = engine.peers[0].pid
             os.kill(pid, signal.SIGSTOP)
@@ -270,9 +271,13 @@ class TestDeath:
                 results = list(engine.encode([picture(0), picture(1), picture(2)]))
             finally:
                 os.kill(pid, signal.SIGCONT)
-            assert all(f"rank0 (pid {pid}) has " in result.error for result in results)
-            assert "has not answered within 0.5 s (request_timeout)" in results[0].error
-            assert "no rank had room" in results[2].error
+            nbytes = sum(result.nbytes for result in results[:2])
+            two = rf"2 requests \({nbytes} bytes\), the oldest for \d+\.\d s"
+            late = rf"rank0 \(pid {pid}\) has not answered within 0.5 s \(request_timeout\); it has {two}"
+            assert re.search(late, results[0].error)
+            assert re.search(late, caplog.text)
+            assert caplog.text.count("has not answered") == 1  # for two requests
+            assert re.search(rf"no rank had room .*: rank0 \(pid {pid}\) has {two}", results[2].error)
             assert engine.peers[0].error == ""  # slow is never dead
 
     def test_ranks_leave_when_their_front_end_was_killed(

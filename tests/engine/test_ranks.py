@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from PIL import Image
 import transport
 from engine import ConfigError, Engine, EngineConfig, NoRankLeft, StartError
 from engine.model import Batch
+from engine.parallel import Parallel
 from engine.protocol import FRONT, Joined, Ready, Reply, Request, Stop, outward, transport_config
+from engine.worker import Worker
 from tests.engine.models import Checksum
 from tests.engine.pictures import expected, picture
 from tests.engine.processes import python
+from transport.conformance import joined as linked
 
 MODEL = "tests.engine.models:Checksum"
 
@@ -155,6 +159,65 @@ def test_a_model_is_known_by_the_name_of_its_folder(
 def test_a_model_without_a_path_changes_no_text(asked: str) -> None:
     text = "model /a/b: 1 / 2 . ./ fail"
     assert outward(text, EngineConfig(model=asked), Path()) == text
+
+
+HUNDRED = 100
+
+
+def test_a_hundred_bad_messages_of_a_kind_are_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    config = EngineConfig(data_parallel_size_local=0, data_parallel_rpc_port=free_port(), model=MODEL)
+    settings = transport_config(config, replies=True)
+    address = f"tcp://127.0.0.1:{config.data_parallel_rpc_port}"
+
+    def joined(name: str) -> transport.Endpoint:
+        endpoint = transport.connect(address, name=name, config=settings, timeout=60)
+        endpoint.send(Joined.here(config), to=FRONT)
+        endpoint.send(Ready(device="cpu"), to=FRONT)
+        return endpoint
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(joined, "rank0")
+        with Engine(config) as engine, coming.result(60) as rank:
+            coming = pool.submit(joined, "stranger")
+            while not coming.done():
+                engine._dispatcher.progress()
+            with coming.result() as stranger:
+                for _ in range(HUNDRED):
+                    rank.send({"no": "reply"}, to=FRONT)
+                    rank.send(Reply(999, {}, {}, 0), to=FRONT)
+                    stranger.send(Ready(), to=FRONT)
+                while any(peer.unacknowledged for peer in rank.peers + stranger.peers):
+                    engine._dispatcher.progress()
+                engine._dispatcher._warnings._seconds = 0  # so that the next one passes
+                rank.send({"no": "reply"}, to=FRONT)
+                rank.send(Reply(999, {}, {}, 0), to=FRONT)
+                stranger.send(Ready(), to=FRONT)
+                while any(peer.unacknowledged for peer in rank.peers + stranger.peers):
+                    engine._dispatcher.progress()
+    for text in ("an answer could not be read", "is none of the ranks", "answers a request too late"):
+        first, second = [record.message for record in caplog.records if text in record.message]
+        assert "left out" not in first
+        assert re.search(r"\((99|101) more such warnings left out\)$", second)
+
+
+def test_a_worker_says_once_that_it_cannot_read(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    settings = transport.TransportConfig()
+    with (
+        transport.listen(address, name=FRONT, config=settings) as front,
+        linked(front, "rank0", settings) as rank,
+    ):
+        worker = Worker(rank, Checksum(), torch.device("cpu"), Parallel())
+        for number in range(HUNDRED):
+            front.send({"no": number}, to="rank0")
+        front.send(Stop(), to="rank0")
+        worker._take_requests()
+        worker._warnings._seconds = 0
+        front.send({"no": "request"}, to="rank0")
+        front.send(Stop(), to="rank0")
+        worker._take_requests()
+    first, second = [record.message for record in caplog.records if "could not be read" in record.message]
+    assert "message 1 from 'front'" in first
+    assert second.endswith("(99 more such warnings left out)")
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:

@@ -15,8 +15,10 @@ import torch
 
 import transport
 from engine.vllm import counts, roles
+from engine.vllm.mailbox import Mailbox
 from engine.vllm.roles import Core, Front, Worker
 from engine.vllm.settings import Settings, front_address, settings_of, sweep
+from transport.conformance import joined
 
 ENGINE = (0).to_bytes(2, "little")
 IMAGE = (512, 1176)  # 1.2 MB in bfloat16
@@ -177,6 +179,33 @@ def test_above_the_fill_level_tensors_are_copied_out_as_they_come(pair: tuple[Fr
     ways = {how: count for _, how, count, _ in front.counts.rows()}
     assert ways["ring"] >= 6
     assert ways["ring"] + ways["copied out"] == 24
+
+
+def test_a_mailbox_says_once_what_goes_wrong_again_and_again(
+    address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("engine.vllm.mailbox._LOOK_SOON", 0.0)
+    config = transport.TransportConfig()
+    with transport.listen(address, config=config) as front, joined(front, "core", config) as core:
+        came: list[int] = []
+
+        def notice(_sender: str, body: dict[str, int]) -> None:
+            came.append(body["n"])
+            raise RuntimeError("a bad notice")
+
+        mailbox = Mailbox(core, notice, lambda: False)
+        mailbox.start()
+        front.wait_for_peers(1)
+        for number in range(100):
+            front.send({"n": number})
+        until(lambda: len(came) == 100)
+        mailbox._warnings._seconds = 0
+        front.send({"n": 100})
+        until(lambda: "left out" in caplog.text)
+        mailbox.close()
+    first, second = [record.message for record in caplog.records if "a bad notice" in record.message]
+    assert first == "tensorferry: RuntimeError: a bad notice"
+    assert second == f"{first} (99 more such warnings left out)"
 
 
 def test_a_tensor_that_never_comes_is_an_error(
