@@ -22,7 +22,9 @@ from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr
 
 # What the store says of a worker that is there.
 _HERE = "here/"
+_FAILED = "failed/"
 _LOOK_EVERY = 0.05
+_OTHERS_MAY_TAKE = 1.0  # seconds from the failure of a step in one worker to that in all who are in it
 
 
 class ParallelError(Exception):
@@ -43,6 +45,8 @@ class Parallel:
     group: dist.ProcessGroup | None = None
     # Apart from the model's, so that a worker that failed in the middle of a pass can't take part in a sum.
     control: dist.ProcessGroup | None = None
+    # Where they met, and say that a step has failed.
+    store: Store | None = None
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor`, with those of all workers added to it in place. It may not be a view into the ring.
@@ -83,8 +87,18 @@ class Parallel:
         try:
             yield
         except RuntimeError as error:
-            others = ", ".join(name for place, name in enumerate(self.names) if place != self.rank)
-            raise ParallelError(f"{what} failed; is one of {others} gone or stopped? {error}") from error
+            raise ParallelError(f"{what} failed{self._but_for_whom()}: {error}") from error
+
+    def _but_for_whom(self) -> str:
+        """Who does not say that it failed there, too, for a person; "" where nobody can be asked."""
+        if self.store is None:
+            return ""
+        absent = _absent(self.store, self.rank, self.names)
+        if not absent:
+            return " in every worker"
+        return (
+            f"; {', '.join(absent)} did not come to its end in {_OTHERS_MAY_TAKE:g} s: gone, stopped or slow"
+        )
 
 
 def join(
@@ -127,8 +141,9 @@ def join(
         )
         control = dist.new_group(backend="gloo", timeout=limit)
     except RuntimeError as error:
-        raise ParallelError(f"{', '.join(names)} met and could not connect: {error}") from error
-    return Parallel(rank, len(names), names, dist.group.WORLD, control)
+        met = ", ".join(_named(store, place, name) for place, name in enumerate(names))
+        raise ParallelError(f"{met} met and could not connect: {error}") from error
+    return Parallel(rank, len(names), names, dist.group.WORLD, control, store)
 
 
 def _wait_for_all(store: Store, rank: int, names: Sequence[str], patience: float) -> None:
@@ -141,3 +156,20 @@ def _wait_for_all(store: Store, rank: int, names: Sequence[str], patience: float
                 "which did not come to the meeting of this rank's workers"
             )
         time.sleep(_LOOK_EVERY)
+
+
+def _absent(store: Store, rank: int, names: Sequence[str]) -> list[str]:
+    """Who does not fail within a moment after this worker did. Those in one step fail together."""
+    store.set_timeout(timedelta(seconds=_OTHERS_MAY_TAKE))
+    store.set(f"{_FAILED}{rank}", "")
+    deadline = time.monotonic() + _OTHERS_MAY_TAKE
+    while absent := [place for place in range(len(names)) if not store.check([f"{_FAILED}{place}"])]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(_LOOK_EVERY)
+    return [_named(store, place, names[place]) for place in absent]
+
+
+def _named(store: Store, place: int, name: str) -> str:
+    """A worker that came to the meeting, with its pid."""
+    return f"{name} (pid {store.get(f'{_HERE}{place}').decode()})"

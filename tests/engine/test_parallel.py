@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch.distributed import FileStore  # type: ignore[attr-defined]  # not in its stubs
 
 from engine import Engine, EngineConfig, NoRankLeft
 from engine.images import grid_for, open_image, sample_photographs, write_patches
@@ -105,6 +107,26 @@ def test_a_worker_that_does_not_come_is_named(tmp_path: Path) -> None:
         join(1, names, tmp_path / "meeting", device=CPU, patience=0.2, timeout=5)
 
 
+@pytest.mark.parametrize("failing", [[0, 2], [0, 1, 2]])
+def test_a_step_that_fails_names_who_is_not_in_it(tmp_path: Path, failing: list[int]) -> None:
+    names = ["rank0", "rank0.tp1", "rank0.tp2"]
+    store = FileStore(str(tmp_path / "meeting"), -1)
+    for place in range(3):
+        store.set(f"here/{place}", f"100{place}")
+
+    def fail(place: int) -> str:
+        worker = Parallel(place, 3, names, store=FileStore(str(tmp_path / "meeting"), -1))
+        with pytest.raises(ParallelError) as caught, worker._named("a sum over the workers"):
+            raise RuntimeError("it took too long")
+        return str(caught.value)
+
+    with ThreadPoolExecutor(3) as pool:
+        said = set(pool.map(fail, failing))
+    absent = "; rank0.tp1 (pid 1001) did not come to its end in 1 s: gone, stopped or slow"
+    where = " in every worker" if len(failing) == len(names) else absent
+    assert said == {f"a sum over the workers failed{where}: it took too long"}
+
+
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """Two ranks of two workers; the last test that uses it ends them all."""
@@ -173,7 +195,8 @@ def test_a_stopped_worker_ends_its_rank_when_the_time_is_over() -> None:
     with Engine(config) as engine:
         victim = engine.peers[0].workers[1]
         os.kill(victim.pid, signal.SIGSTOP)
-        with pytest.raises(NoRankLeft, match=r"rank0 .* can't go on: .* is one of rank0.tp1 gone or stopped"):
+        late = rf"rank0.tp1 \(pid {victim.pid}\) did not come to its end in 1 s: gone, stopped or slow: "
+        with pytest.raises(NoRankLeft, match=rf"rank0 .* can't go on: .* failed; {late}"):
             list(engine.encode(picture(number) for number in range(20)))
         with pytest.raises(ProcessLookupError):
             os.kill(victim.pid, 0)
