@@ -93,7 +93,10 @@ class Parallel:
         """Who does not say that it failed there, too, for a person; "" where nobody can be asked."""
         if self.store is None:
             return ""
-        absent = _absent(self.store, self.rank, self.names)
+        try:
+            absent = _absent(self.store, self.rank, self.names)
+        except RuntimeError:  # who started them is gone, and the place of their meeting with it
+            return ""
         if not absent:
             return " in every worker"
         return (

@@ -28,6 +28,7 @@ import torch
 
 from engine.vllm.roles import Core, Front, Worker
 from engine.vllm.settings import Settings, settings_of, sweep
+from transport import RateLimit
 
 _log = logging.getLogger("vllm.tensorferry")
 
@@ -220,13 +221,14 @@ class _Provider:
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self._warnings = RateLimit()
         self.lost: list[str] = []
 
     def __call__(self, dtype: str, shape: tuple[int, ...], meta: dict[str, Any]) -> torch.Tensor:
         try:
             return self._core.provide(shape, dtype, meta)
         except Exception as error:  # noqa: BLE001  # the input thread must live
-            _log.exception("tensorferry: a tensor is lost")
+            self._warnings.tell(_log.exception, f"tensorferry: a tensor is lost: {error}", "lost")
             self.lost.append(str(error))
             return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 

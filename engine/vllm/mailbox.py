@@ -69,7 +69,9 @@ class Mailbox:
                             return arrival
                 left = deadline - time.monotonic()
                 if left <= 0 or self._closed.is_set():
-                    raise LookupError(f"tensor {key[1]} of {key[0]} did not come from {sender}")
+                    raise LookupError(
+                        f"tensor {key[1]} of {key[0]} did not come from {sender} in {timeout:g} s"
+                    )
                 self._came.wait(left)
 
     def dial(self, address: str, done: Callable[[str], None] = lambda _: None) -> None:

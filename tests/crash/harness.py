@@ -37,6 +37,7 @@ from transport import PeerGone, ProtocolError, Timeout, TransportConfig
 WAIT = 40.0  # seconds; only a failure takes as long
 PEERS = ("worker", "next")
 _TURN = 0.05
+_SETTLE = 1.0
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["tests.crash.harness"])
 
@@ -182,9 +183,13 @@ def config(trace: Steps | None = None, **changes: Any) -> TransportConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """The folder in which the roles find each other, and leave their reports."""
+    """The folder in which the roles find each other, and leave their reports.
+
+    allowed: how many descriptors a role has at some moments when nobody dies; none of it is known at first.
+    """
 
     path: Path
+    allowed: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def address(self, name: str) -> str:
         return f"ipc://{self.path}/{name}.sock"
@@ -196,6 +201,14 @@ class Stage:
 
     def end(self) -> None:
         (self.path / "done").touch()
+
+    def descriptors(self, role: str, moment: str) -> int:
+        """How many this process has open, given a second for those of who has just died."""
+        allowed = self.allowed.get(role, {}).get(moment, sys.maxsize)
+        deadline = time.monotonic() + _SETTLE
+        while (count := len(os.listdir("/proc/self/fd"))) > allowed and time.monotonic() < deadline:
+            time.sleep(0.002)
+        return count
 
     def report(self, role: str, text: Mapping[str, object]) -> None:
         temporary = self.path / f"{role}.{os.getpid()}.writing"
@@ -215,6 +228,7 @@ class Report:
     refused: list[str] = field(default_factory=list)
     answered: int = 0
     resent: int = 0
+    descriptors: dict[str, int] = field(default_factory=dict)  # how many were open, by moment
     seen: dict[str, object] = field(default_factory=dict)  # what a play has besides
 
     def to_json(self) -> dict[str, object]:
@@ -226,6 +240,7 @@ class Report:
             "refused": self.refused,
             "answered": self.answered,
             "resent": self.resent,
+            "descriptors": self.descriptors,
             **self.seen,
         }
 
@@ -242,6 +257,7 @@ def perform(name: str, role: Role, stage: Stage, kill: Kill | None = None) -> No
     except Exception:  # noqa: BLE001  # whatever it was, the director must hear of it
         report.wrong.append(traceback.format_exc())
         print(f"[{name}] {report.wrong[-1]}", file=sys.stderr)
+    report.descriptors["at its end"] = stage.descriptors(name, "at its end")
     stage.report(name, report.to_json())
 
 
@@ -382,6 +398,8 @@ class Front:
                 while not self._try(number, job):
                     self._report.resent += 1
             self._empty_ring()
+            self._endpoint.wait_for_peers(PEERS, timeout=WAIT)
+            self._report.descriptors["while linked"] = self._stage.descriptors("front", "while linked")
             self._stage.end()
 
     def _try(self, number: int, job: Job) -> bool:

@@ -36,10 +36,24 @@ class Outcome:
     restarted: bool
     pids: set[int]
     died: int  # monotonic ns; 0: nobody
+    allowed: Mapping[str, Mapping[str, int]]  # descriptors by role and moment, when nobody dies
 
     @property
     def wrong(self) -> list[str]:
         return [text for reports in self.reports.values() for report in reports for text in report["wrong"]]
+
+    def kept(self) -> list[str]:
+        """The descriptors that somebody has beyond those of a play in which nobody dies.
+
+        Fewer are none: a connection may be missing where a peer has not come back.
+        """
+        return [
+            f"{role} has {count} descriptors {moment}, and {allowed} when nobody dies"
+            for role, reports in self.reports.items()
+            for report in reports
+            for moment, count in report["descriptors"].items()
+            if count > (allowed := self.allowed.get(role, {}).get(moment, count))
+        ]
 
     def noticed(self, victim: str) -> dict[str, float]:
         """After how many seconds each survivor ended its link with the victim; for people."""
@@ -59,10 +73,15 @@ class Outcome:
         return left_by(self.pids)
 
 
-def play(victim: str = "", kill: Kill | None = None, cast: Mapping[str, Role] = CAST) -> Outcome:
+def play(
+    victim: str = "",
+    kill: Kill | None = None,
+    cast: Mapping[str, Role] = CAST,
+    allowed: Mapping[str, Mapping[str, int]] | None = None,
+) -> Outcome:
     """Give a play once; the victim dies at `kill` and is started again without it, unless all is done."""
     with folder() as path:
-        stage = Stage(path)
+        stage = Stage(path, allowed or {})
         processes = {
             name: start(perform, name, role, stage, kill if name == victim else None)
             for name, role in cast.items()
@@ -88,7 +107,7 @@ def play(victim: str = "", kill: Kill | None = None, cast: Mapping[str, Role] = 
             reports = {name: stage.reports(name) for name in cast}
             note = path / "killed"
             died = int(note.read_text()) if note.exists() else 0
-            return Outcome(killed, reports, restarted, pids, died)
+            return Outcome(killed, reports, restarted, pids, died, stage.allowed)
         finally:
             stage.end()
             for process in processes.values():
@@ -104,7 +123,7 @@ def _state(stage: Stage, processes: Mapping[str, BaseProcess]) -> str:
 
 def faults(victim: str, outcome: Outcome) -> list[str]:
     """What a survivor of a play saw that it should not, or did not see that it should."""
-    found = list(outcome.wrong)
+    found = outcome.wrong + outcome.kept()
     for name, reports in outcome.reports.items():
         for report in reports if name != victim else ():
             begun, ends = report["begun"].get(victim, 0), report["ended"].get(victim, [])
@@ -142,10 +161,14 @@ class Play:
         (report,) = self.clean.reports[role]
         return dict(report["events"])
 
+    def _descriptors(self) -> dict[str, dict[str, int]]:
+        """How many each role has at which moments when nobody dies."""
+        return {role: report["descriptors"] for role, (report,) in self.clean.reports.items()}
+
     def killed_at(self, role: str, event: str, occurrence: int) -> Outcome:
         """The role died at that event, at an earlier occurrence if there were not so many."""
         for _ in range(_RUNS_PER_EVENT):
-            outcome = play(role, Kill(event, occurrence), self.cast)
+            outcome = play(role, Kill(event, occurrence), self.cast, self._descriptors())
             if outcome.killed:
                 return outcome
             occurrence = max(1, occurrence // 2)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.crash import test_following, test_neighbours, test_tcp
-from tests.crash.harness import CAST
+from tests.crash.harness import CAST, Report, Stage, play_peer
 from tests.crash.plays import Play, middle
+from transport.backends.shm import ShmInbound
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +50,18 @@ def test_somebody_dies_at_every_event_there_is() -> None:
 def test_killed_at_every_step(role: str) -> None:
     """At the middle one of the occurrences of each event."""
     assert PLAY.faults(role, PLAY.steps_of(role), middle) == {}
+
+
+def play_forgetful_worker(stage: Stage, report: Report) -> None:
+    """A worker that keeps the rings of those who are gone."""
+    ShmInbound.drop = lambda *_: None  # type: ignore[method-assign]  # of this process
+    play_peer("worker", stage, report)
+
+
+def test_a_descriptor_that_outlives_a_death_is_a_fault() -> None:
+    forgetful = Play({**CAST, "worker": play_forgetful_worker})
+    ((found,),) = forgetful.faults("front", ["send.posted"], middle).values()
+    assert re.fullmatch(r"worker has \d+ descriptors at its end, and \d+ when nobody dies", found)
 
 
 @pytest.mark.stress
