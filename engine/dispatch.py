@@ -183,13 +183,19 @@ class Dispatcher:
         self._send_waiting()
 
     def _receive(self, seconds: float) -> bool:
+        kinds, message = Joined | Ready | Reply, None
         try:
-            message = self._front.receive(Joined | Ready | Reply, timeout=seconds)
+            if seconds:
+                message = self._front.receive(kinds, timeout=seconds)
+            else:  # without the text of a time-out
+                message = self._front.try_receive(kinds)
         except transport.Timeout:
             return False
         except (transport.ProtocolError, transport.PeerGone) as error:
             self._warnings.tell(_log.error, f"an answer could not be read: {error}", "unreadable")
             return True
+        if message is None:
+            return False
         rank, worker = self._workers.get(message.sender, (None, None))
         if rank is None or worker is None:
             text = f"{message.sender!r} is none of the ranks; what it sent is ignored"
