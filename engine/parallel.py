@@ -144,7 +144,7 @@ def join(
         )
         control = dist.new_group(backend="gloo", timeout=limit)
     except RuntimeError as error:
-        met = ", ".join(_named(store, place, name) for place, name in enumerate(names))
+        met = ", ".join(_with_pid(store, place, name) for place, name in enumerate(names))
         raise ParallelError(f"{met} met and could not connect: {error}") from error
     return Parallel(rank, len(names), names, dist.group.WORLD, control, store)
 
@@ -170,9 +170,9 @@ def _absent(store: Store, rank: int, names: Sequence[str]) -> list[str]:
         if time.monotonic() > deadline:
             break
         time.sleep(_LOOK_EVERY)
-    return [_named(store, place, names[place]) for place in absent]
+    return [_with_pid(store, place, names[place]) for place in absent]
 
 
-def _named(store: Store, place: int, name: str) -> str:
+def _with_pid(store: Store, place: int, name: str) -> str:
     """A worker that came to the meeting, with its pid."""
     return f"{name} (pid {store.get(f'{_HERE}{place}').decode()})"

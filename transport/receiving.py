@@ -119,17 +119,19 @@ class Receiver:
             f" begun {now - opened.since:.1f} s ago"
             for link, opened in list(self._written.items())
         ]
-        return "; ".join([*written, *filter(None, map(self._what_is_late, list(self.queue)))])
+        first = {waiting.link: waiting for waiting in reversed(list(self.queue))}  # of each link
+        return "; ".join([*written, *filter(None, map(self._what_is_late, first.values()))])
 
     def _what_is_late(self, waiting: Waiting) -> str:
-        """The same of a message whose bytes come by themselves."""
+        """The same of the first message of a link, where its bytes come by themselves."""
         link, message = waiting.link, waiting.message
         for place in _places(message):
             inbound = self.inbounds.get(place.backend)
             handle = bytes(place.handle)
             if inbound is not None and inbound.comes_later and not inbound.is_ready(link.peer, handle):
                 came = inbound.progress(link.peer, handle)
-                return f"message {message.number} from {link} waits for its bytes: {came}"
+                who = f"message {message.number} from {link}, the first of {link.waiting} there,"
+                return f"{who} waits for its bytes: {came}"
         return ""
 
     def has_next(self) -> bool:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 import torch
@@ -125,6 +126,17 @@ def test_a_step_that_fails_names_who_is_not_in_it(tmp_path: Path, failing: list[
     absent = "; rank0.tp1 (pid 1001) did not come to its end in 1 s: gone, stopped or slow"
     where = " in every worker" if len(failing) == len(names) else absent
     assert said == {f"a sum over the workers failed{where}: it took too long"}
+
+
+def test_a_step_that_fails_when_the_place_of_the_meeting_is_gone_says_why_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "of the head"
+    folder.mkdir()
+    store = FileStore(str(folder / "meeting"), -1)
+    store.set("here/0", "1000")
+    rmtree(folder)
+    worker = Parallel(0, 2, ["rank0", "rank0.tp1"], store=store)
+    with pytest.raises(ParallelError, match="^a sum failed: too long$"), worker._named("a sum"):
+        raise RuntimeError("too long")
 
 
 @pytest.fixture(scope="module")
