@@ -206,7 +206,7 @@ def test_a_worker_says_once_that_it_cannot_read(address: str, caplog: pytest.Log
         transport.listen(address, name=FRONT, config=settings) as front,
         linked(front, "rank0", settings) as rank,
     ):
-        worker = Worker(rank, Checksum(), torch.device("cpu"), Parallel())
+        worker = Worker(rank, Checksum(), torch.device("cpu"), Parallel(), str)
         for number in range(HUNDRED):
             front.send({"no": number}, to="rank0")
         front.send(Stop(), to="rank0")
