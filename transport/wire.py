@@ -385,7 +385,8 @@ def _allow_descriptors() -> None:
     """As many as this process may have: zmq aborts it when an ipc connection comes and none is left."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        with suppress(OSError, ValueError):  # a hard limit from before the kernel's own was lowered
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _bindable(address: str) -> str:
