@@ -9,7 +9,7 @@ import logging
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -288,6 +288,20 @@ class Dispatcher:
     # ------------------------------------------------------------------ who is gone or late
 
     def _look_for_gone(self) -> None:
+        if next(self._gone(), None) is None:
+            return
+        # What it sent before it went may have come since the last look for messages.
+        self._receive(_LOOK_EVERY)
+        while self._receive(0.0):
+            pass
+        for rank, worker in self._gone():
+            # Of several that went, one that was killed: the others only missed it.
+            killed = (w for w in rank.workers if w.process.fate().startswith("was killed"))
+            culprit = next(killed, worker)
+            self._lose(rank, culprit, self._fate(culprit))
+
+    def _gone(self) -> Iterator[tuple[_Rank, _Worker]]:
+        """The workers whose links or processes have ended, one after the other."""
         peers = {peer.name: peer for peer in self._front.peers}
         for name, (rank, worker) in self._workers.items():
             peer = peers.get(name)
@@ -296,10 +310,7 @@ class Dispatcher:
                 worker.linked = True
                 worker.near = peer.backend.startswith("shm")
             elif worker.linked or (rank.expected and not worker.process.running):
-                # Of several that went, one that was killed: the others only missed it.
-                killed = (w for w in rank.workers if w.process.fate().startswith("was killed"))
-                culprit = next(killed, worker)
-                self._lose(rank, culprit, self._fate(culprit))
+                yield rank, worker
 
     def _may_serve(self, rank: _Rank) -> bool:
         return not rank.gone or (rank.expected and time.monotonic() - rank.since < self._patience)
