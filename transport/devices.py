@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import queue
@@ -17,6 +18,8 @@ from transport import cudart, registration
 from transport.specs import Bytes
 
 _log = logging.getLogger("tensorferry.transport")
+
+_LAST_MOMENT = 5.0  # seconds: an exit that never ends would be worse than one by SIGABRT
 
 
 class Piece(NamedTuple):
@@ -137,6 +140,10 @@ class Kept:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[tuple[torch.cuda.Event | None, object]] = queue.SimpleQueue()
+        self._letting_go = threading.Lock()
+        self._ending = False
+        # In a forked child the thread is not there, and what it held it holds for ever.
+        atexit.register(self._end, os.getpid())
         threading.Thread(target=self._run, name="tensorferry-copied", daemon=True).start()
 
     def keep(self, done: torch.cuda.Event, source: object) -> None:
@@ -153,16 +160,30 @@ class Kept:
             try:
                 if done is not None:
                     self._await(done)
-                elif callable(source):
-                    source()
             except cudart.DeviceError as error:  # no copy will ever end on this device
                 _log.error("copies on a device fail, and what they read from is kept: %s", error)
                 self._queue.put((done, source))
                 return
-            del done, source  # before the next wait, which may be long
+            with self._letting_go:
+                if self._ending:
+                    self._queue.put((done, source))
+                    return
+                if done is None and callable(source):
+                    source()
+                del done, source  # before the next wait, which may be long
 
     def _await(self, done: torch.cuda.Event) -> None:
         cudart.runtime().wait(done)
+
+    def _end(self, process: int) -> None:
+        """From now on the thread lets go of nothing; the process ends.
+
+        Python ends a daemon thread by unwinding its stack where it next asks for the GIL. torch asks for it
+        when an event was destroyed, and C++ that is unwound there aborts the process.
+        """
+        if os.getpid() == process:
+            self._ending = True
+            self._letting_go.acquire(timeout=_LAST_MOMENT)
 
 
 @lru_cache(maxsize=1)
