@@ -253,6 +253,7 @@ def _connected(name: str, address: str, config: EngineConfig, patience: float) -
     """The link to the front end, once it is there and lets this worker in; `TransportError` else."""
     settings = transport_config(config, replies=True)
     deadline = time.monotonic() + patience
+    warnings = transport.RateLimit()
     while True:
         left = max(_MOMENT, deadline - time.monotonic()) if patience else None
         try:
@@ -261,7 +262,7 @@ def _connected(name: str, address: str, config: EngineConfig, patience: float) -
             # That a dead worker of this name is dead may take its head a while to find out.
             if time.monotonic() > deadline:
                 raise
-            _log.warning("%s; trying again", error)
+            warnings.tell(_log.warning, f"{error}; trying again", "refused")
             time.sleep(_REFUSED_NAP)
 
 

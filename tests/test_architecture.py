@@ -25,7 +25,7 @@ RANKS: dict[str, list[set[str]]] = {
     ],
     "transport": [
         {"cudart", "errors"},
-        {"config", "registration", "specs"},
+        {"config", "process", "registration", "specs"},
         {"devices"},
         {"sharing", "sources", "staging"},
         {"tensors"},

@@ -38,11 +38,11 @@ from transport.roster import Roster
 from transport.sending import Sender
 from transport.wire import Arrived, Busy, Route, Unreachable, Wire
 
-_LOOK_AT_LOCKS_EVERY = 0.5
-_LOOK_AT_FREE_LOCKS_EVERY = 0.1
+_LOOK_EVERY = 0.5
+_LOOK_AT_THE_DEAD_EVERY = 0.1
 _DRAIN = 64
 _READ_AT_AN_END = 64  # rounds
-_CONNECTION_OUTLIVES_LOCK = 0.3  # seconds that what a dying peer still sent may take to come
+_CONNECTION_OUTLIVES_PEER = 0.3  # seconds that what a dying peer still sent may take to come
 _PUMP_MAY_TAKE = 10.0
 _CLOSE_MAY_TAKE = 1.0  # seconds beside `linger`
 _SUSPECT_FOR, _SUSPECT_NAP = 1.0, 0.01
@@ -121,8 +121,8 @@ class Exchange:
 
     @property
     def looks_every(self) -> float:
-        """Seconds from one look at the locks of peers to the next: a death is noticed within one second."""
-        return _LOOK_AT_FREE_LOCKS_EVERY if self._dead_since else _LOOK_AT_LOCKS_EVERY
+        """Seconds from one look for dead peers to the next: a death is noticed within one second."""
+        return _LOOK_AT_THE_DEAD_EVERY if self._dead_since else _LOOK_EVERY
 
     def acknowledge(self) -> None:
         """Tell every peer what was taken; before sleeping, since nothing else may go there soon."""
@@ -170,7 +170,7 @@ class Exchange:
             if self._suspects:
                 self._examine()
             if self._is_time_to_look():
-                self._look_at_locks()
+                self._look_for_the_dead()
                 self._announce_changes()
         finally:
             self._pumping.release()
@@ -329,8 +329,11 @@ class Exchange:
             if not came:
                 return
 
-    def _look_at_locks(self) -> None:
-        """Peers whose kernel lock is free are dead, though a child of theirs may keep the connection."""
+    def _look_for_the_dead(self) -> None:
+        """Peers whose kernel lock is free or whose process has ended are dead.
+
+        A child of theirs may keep the connection.
+        """
         self._looked = now = time.monotonic()
         for link in self.roster.links():
             fault = self._fault(link)
@@ -338,10 +341,10 @@ class Exchange:
                 self._drop("bulk connection failed")
                 link.tell(Goodbye(link.peer.link, fault[:500]))
                 self._finish(link, f"is not reached: {fault}")
-            elif self._lock_held(link) is not False:
+            elif not (death := self._death(link)):
                 self._dead_since.pop(link.peer.link, None)
-            elif now - self._dead_since.setdefault(link.peer.link, now) > _CONNECTION_OUTLIVES_LOCK:
-                self._finish(link, "died: its lock is free")
+            elif now - self._dead_since.setdefault(link.peer.link, now) > _CONNECTION_OUTLIVES_PEER:
+                self._finish(link, f"died: {death}")
 
     def _fault(self, link: Link) -> str:
         """Why a backend cannot bring its tensors there, or has lost some of its."""
@@ -353,14 +356,16 @@ class Exchange:
     def _is_time_to_look(self) -> bool:
         return time.monotonic() - self._looked >= self.looks_every
 
-    def _lock_held(self, link: Link) -> bool | None:
-        answers = [self.sender.outbound.alive(link.peer)]
-        answers += [inbound.alive(link.peer) for inbound in self.receiver.inbounds.values()]
-        known = [answer for answer in answers if answer is not None]
-        return all(known) if known else None
+    def _death(self, link: Link) -> str:
+        """What tells that a peer is dead; "" when nothing does."""
+        if self.sender.outbound.alive(link.peer) is False or any(
+            inbound.alive(link.peer) is False for inbound in self.receiver.inbounds.values()
+        ):
+            return "its lock is free"
+        return "" if link.process is None or link.process.runs() else "its process has ended"
 
     def _lives(self, link: Link) -> bool:
-        return self._lock_held(link) is not False and link.reachable()
+        return not self._death(link) and link.reachable()
 
     def _finish(self, link: Link, reason: str) -> None:
         """The link has ended: let go of everything that it kept."""

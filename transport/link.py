@@ -16,6 +16,7 @@ from typing import NamedTuple
 from transport import message as wire_types
 from transport.backends.base import Bytes, Peer
 from transport.errors import Full, PeerGone
+from transport.process import Process
 from transport.wire import Busy, Route, Unreachable, Wire, weight
 
 Release = Callable[[], None]
@@ -55,11 +56,13 @@ class Link:
         patience: int,
         ring_patience: int,
         accepts: Sequence[str],
+        process: Process | None,
     ) -> None:
         self.peer = peer
         self.route = route
         self.address = address
         self.accepts = frozenset(accepts)
+        self.process = process  # of the peer, where it is seen here
         self.since = time.monotonic()
         self.ended = ""  # why, once it has
         self.stores: frozenset[int] = frozenset()  # what the peer can open handles of

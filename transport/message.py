@@ -21,6 +21,7 @@ MAX_WINDOW_BYTES: Final = (1 << 63) - 1
 Word = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Name = Annotated[str, Meta(min_length=1, max_length=64)]
 Reason = Annotated[str, Meta(max_length=500)]
+Mark = Annotated[bytes, Meta(max_length=32)]
 Accepts = Annotated[list[Name], Meta(max_length=64)]
 
 
@@ -33,6 +34,7 @@ class Hello(_Message, tag=1):
 
     window: so many messages may be unacknowledged, of window_bytes in all. patience: so many bytes may wait
     for an acknowledgement that travels with something else; ring_patience: so many that are read in place.
+    process: `transport.process.own_mark`.
     """
 
     version: int
@@ -44,6 +46,7 @@ class Hello(_Message, tag=1):
     accepts: Accepts
     window_bytes: Annotated[int, Meta(ge=1)] = MAX_WINDOW_BYTES
     ring_patience: Word = 0
+    process: Mark = b""
 
 
 class Welcome(_Message, tag=2):
@@ -58,6 +61,7 @@ class Welcome(_Message, tag=2):
     accepts: Accepts
     window_bytes: Annotated[int, Meta(ge=1)] = MAX_WINDOW_BYTES
     ring_patience: Word = 0
+    process: Mark = b""
 
 
 class Refused(_Message, tag=3):

@@ -14,6 +14,7 @@ from transport.config import TransportConfig
 from transport.errors import ProtocolError
 from transport.link import Link
 from transport.message import VERSION, Hello, Refused, Welcome
+from transport.process import own_mark, recognise
 from transport.wire import Route, Wire
 
 _REMEMBER = 256
@@ -76,15 +77,16 @@ class Roster:
         """The answer to a hello that was judged bad."""
         return Refused(hello.nonce, reason)
 
-    def _terms(self) -> tuple[int, int, list[str], int, int]:
-        """Window, patience, accepted backends, bytes in the window, patience in the ring.
+    def _terms(self) -> tuple[int, int, list[str], int, int, bytes]:
+        """Window, patience, accepted backends, bytes in the window, patience in the ring, this process.
 
         What waits for an acknowledgement can't be used again: of the ring a 64th for each reader at most.
         """
         config = self._config
         in_ring = config.ring_bytes // 64
         patience = min(_PATIENCE, config.detour_bytes // 64)
-        return config.max_queued_messages, patience, self._accepts, config.max_queued_bytes, in_ring
+        window, window_bytes = config.max_queued_messages, config.max_queued_bytes
+        return window, patience, self._accepts, window_bytes, in_ring, own_mark()
 
     def _link(self, route: Route, peer: Peer, greeting: Hello | Welcome) -> Link:
         link = Link(
@@ -97,6 +99,7 @@ class Roster:
             patience=greeting.patience,
             ring_patience=greeting.ring_patience,
             accepts=greeting.accepts,
+            process=recognise(greeting.pid, greeting.process),
         )
         with self._lock:
             self._by_name[peer.name] = self._by_route[route] = link

@@ -129,6 +129,15 @@ def test_a_writer_dead_half_way_through_the_copy() -> None:
 # ------------------------------------------------------------------------------------ all at once
 
 
+def have_a_ring(path: str) -> None:
+    """A process that has a ring, and nobody to send to."""
+    with (
+        transport.listen(f"ipc://{path}", config=config()) as endpoint,
+        endpoint.loan((100_000,), np.dtype(np.uint8)),
+    ):
+        signal.pause()
+
+
 def perform_in_group(role: str, stage: Stage, group: int) -> None:
     """A role of the play in the process group of the front, as in a container."""
     os.setpgid(0, group)
@@ -164,6 +173,17 @@ def test_a_whole_process_group_killed_like_a_container() -> None:
                 finish(process)
         assert segments_of(pids) == []
         assert [text for role in CAST for report in stage.reports(role) for text in report["wrong"]] == []
+
+
+@pytest.mark.parametrize("backend", ["inline", "frames", "auto"])
+def test_a_start_that_makes_no_ring_removes_those_of_the_dead(backend: str) -> None:
+    with folder() as path, running(have_a_ring, str(path / "other.sock")) as owner:
+        until(lambda: segments_of({owner.pid or 0}), "it has made its ring")
+        owner.kill()
+        owner.join(WAIT)
+        assert segments_of({owner.pid or 0})
+        with transport.listen(Stage(path).address("front"), config=config(backend=backend)):
+            assert not segments_of({owner.pid or 0})
 
 
 # ------------------------------------------------------------------------------------ failed sends
@@ -404,9 +424,9 @@ def test_a_process_whose_child_lives_on(kind: str) -> None:
 
 
 @pytest.mark.parametrize("address", ["ipc", "tcp"])
-@pytest.mark.parametrize("kind", ["fork", "a program"])
-def test_without_a_lock_a_child_keeps_no_connection(kind: str, address: str) -> None:
-    """No ring, so no lock to ask: that the connection ends tells of the death, though there is a child."""
+@pytest.mark.parametrize("kind", CHILDREN)
+def test_without_a_lock_a_process_whose_child_lives_on(kind: str, address: str) -> None:
+    """No ring, so no lock to ask: the end of the connection tells, or /proc where a child kept that."""
     settings = config(backend="frames")
     with folder() as path, adopting():
         where = Stage(path).address("front") if address == "ipc" else "tcp://127.0.0.1:0"

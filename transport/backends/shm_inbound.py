@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 import msgspec
@@ -41,6 +42,9 @@ class ShmInbound(Inbound):
         self._identities: dict[Peer, int] = {}
         self._short = False
         self.importer = Importer()
+        # Also where no ring will be made: somebody's rings may lie here since long before.
+        with suppress(OSError):  # there is no /dev/shm, or it is not this user's to read
+            shm.sweep()
 
     def accept(self, peer: Peer, offer: bytes, own_name: str) -> Proof | Refusal:
         older = self._proved.pop(peer, None)
