@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from engine.config import EngineConfig
-from engine.errors import EngineError, NoRankLeft, OutputError, StartError
-from engine.options import ConfigError
-
 if TYPE_CHECKING:
     from engine.client import Engine
+    from engine.config import EngineConfig
+    from engine.errors import EngineError, NoRankLeft, OutputError, StartError
     from engine.headless import Headless
+    from engine.options import ConfigError
     from engine.results import RankStatus, Result, Statistics
 
 __all__ = [
@@ -36,15 +35,29 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch, which takes seconds, only for those who use it: `--help` doesn't."""
+    """Import what is asked for: torch takes seconds, which `--help` doesn't need, and vLLM's processes, which
+    have the plugin from this package, shall not carry the command line as well.
+    """
     if name == "Engine":
         from engine.client import Engine
 
         return Engine
+    if name == "EngineConfig":
+        from engine.config import EngineConfig
+
+        return EngineConfig
     if name == "Headless":
         from engine.headless import Headless
 
         return Headless
+    if name == "ConfigError":
+        from engine.options import ConfigError
+
+        return ConfigError
+    if name in ("EngineError", "NoRankLeft", "OutputError", "StartError"):
+        from engine import errors
+
+        return getattr(errors, name)
     if name in ("RankStatus", "Result", "Statistics"):
         from engine import results
 
