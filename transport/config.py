@@ -67,7 +67,7 @@ class TransportConfig:
     admission_timeout: float = _option(
         2.0, "how long a first send waits for the peer to map the ring", above=0.0
     )
-    linger: float = _option(1.0, "how long close waits for what is still to be sent", least=0.0)
+    linger: float = _option(1.0, "how long close waits until what was sent can be received", least=0.0)
     warn_after: float = _option(5.0, "say in the log who keeps a send waiting for so long", above=0.0)
     copy_threads: int = _option(
         0, "threads that copy one tensor of 1 MiB and more; 0: by cores", least=0, most=64

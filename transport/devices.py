@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -144,7 +144,8 @@ class Kept:
         self._ending = False
         # In a forked child the thread is not there, and what it held it holds for ever.
         atexit.register(self._end, os.getpid())
-        threading.Thread(target=self._run, name="tensorferry-copied", daemon=True).start()
+        with suppress(RuntimeError):  # the interpreter ends already: nothing is let go of any more
+            threading.Thread(target=self._run, name="tensorferry-copied", daemon=True).start()
 
     def keep(self, done: torch.cuda.Event, source: object) -> None:
         """Keep `source` until `done` has happened, and no longer. Returns at once."""

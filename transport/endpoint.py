@@ -351,7 +351,10 @@ class Endpoint:
         }
 
     def close(self) -> None:
-        """Say goodbye, wait for what is still to be sent (`linger`), give everything back. Twice is fine."""
+        """Wait until what was sent can be received (`linger` at most), say goodbye, give everything back.
+
+        Twice is fine. A warning names the peers that were too slow to receive.
+        """
         self._exchange.close()
 
     def __enter__(self) -> Self:

@@ -7,6 +7,7 @@ Nothing spins; who waits sleeps in epoll.
 from __future__ import annotations
 
 import _thread
+import logging
 import os
 import secrets
 import threading
@@ -14,7 +15,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from transport import message as wire_types
 from transport import registry
@@ -36,13 +37,15 @@ from transport.message import (
 from transport.receiving import Receiver
 from transport.roster import Roster
 from transport.sending import Sender
-from transport.wire import Arrived, Busy, Route, Unreachable, Wire
+from transport.wire import READ_AHEAD, Arrived, Busy, Route, Unreachable, Wire
+
+_log = logging.getLogger("tensorferry.transport")
 
 _LOOK_EVERY = 0.5
 _LOOK_AT_THE_DEAD_EVERY = 0.1
 _DRAIN = 64
 _READ_AT_AN_END = 64  # rounds
-_CONNECTION_OUTLIVES_PEER = 0.3  # seconds that what a dying peer still sent may take to come
+_CONNECTION_OUTLIVES_PEER = 0.3  # seconds without anything new from a dead peer
 _PUMP_MAY_TAKE = 10.0
 _CLOSE_MAY_TAKE = 1.0  # seconds beside `linger`
 _SUSPECT_FOR, _SUSPECT_NAP = 1.0, 0.01
@@ -70,8 +73,9 @@ class Exchange:
         self._pid = os.getpid()
         self._dialling: dict[int, tuple[int, Welcome | Refused | None]] = {}
         self._suspects: dict[int, float] = {}
-        self._dead_since: dict[int, float] = {}
+        self._dead_since: dict[int, tuple[float, int]] = {}  # and the last number that came, by link
         self._looked = 0.0
+        self._successors: list[tuple[Route, Hello]] = []  # of the dead, by name, who greeted
         self._announced: set[int] = set()
         self._pumping = threading.Lock()
         self._abandoned = weakref.finalize(
@@ -86,16 +90,18 @@ class Exchange:
             raise Closed(f"endpoint {self.name!r} is closed")
 
     def close(self) -> None:
-        """Say goodbye, wait for what is still to be sent, give everything back. Twice is fine."""
+        """Wait until what was sent can be received, say goodbye, give everything back. Twice is fine."""
         if self.closed or os.getpid() != self._pid:
             return
         self.closed = True
         self._abandoned.detach()
         self.wire.wake()
+        deadline = time.monotonic() + self.config.linger
         self.sender.outbound.flush(self.config.linger)
         # With a limit, since an interrupt (Ctrl-C) may have taken the lock and never given it back.
         held = self._pumping.acquire(timeout=_PUMP_MAY_TAKE)
         try:
+            self._await_readers(deadline)
             for link in self.roster.links():
                 link.acknowledge()
                 link.tell(Goodbye(link.peer.link))
@@ -106,6 +112,22 @@ class Exchange:
         finally:
             if held:
                 self._pumping.release()
+
+    def _await_readers(self, deadline: float) -> None:
+        """Until what no peer has taken yet can all lie at its side.
+
+        zmq over there reads no more than that ahead, and of a connection that ends it reads no more at all.
+        """
+        while behind := [link for link in self.roster.links() if link.unacknowledged > READ_AHEAD]:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                for link in behind:
+                    _log.warning(
+                        "closed before it was read (raise linger to wait longer): %s", link.overdue()
+                    )
+                return
+            self.wire.wait(left)
+            self._read_all()
 
     # ------------------------------------------------------------------ waiting
 
@@ -165,6 +187,10 @@ class Exchange:
                 return
             for arrived in self.wire.drain(_DRAIN):
                 self._handle(arrived)
+            if self._successors:
+                self._read_all()
+            while self._successors:
+                self._greet(*self._successors.pop(0), replacing=True)
             for socket in self.wire.lost():
                 self._suspects[socket] = time.monotonic() + _SUSPECT_FOR
             if self._suspects:
@@ -237,7 +263,7 @@ class Exchange:
         elif isinstance(message, Goodbye):
             self._finish(link, f"said goodbye{': ' + message.reason if message.reason else ''}")
 
-    def _greet(self, route: Route, hello: Hello) -> None:
+    def _greet(self, route: Route, hello: Hello, *, replacing: bool = False) -> None:
         if not route.identity or self.roster.at(route) is not None:
             self._drop("a second greeting")
             return
@@ -246,6 +272,9 @@ class Exchange:
         if not reason and holder is not None:
             if self._lives(holder):
                 reason = self.roster.taken(holder)
+            elif not replacing:  # what the dead one sent may lie behind this greeting
+                self._successors.append((route, hello))
+                return
             else:
                 self._finish(holder, "was replaced by a new peer of its name")
         if reason:
@@ -343,8 +372,18 @@ class Exchange:
                 self._finish(link, f"is not reached: {fault}")
             elif not (death := self._death(link)):
                 self._dead_since.pop(link.peer.link, None)
-            elif now - self._dead_since.setdefault(link.peer.link, now) > _CONNECTION_OUTLIVES_PEER:
+            elif self._is_silent(link, now):
                 self._finish(link, f"died: {death}")
+
+    def _is_silent(self, link: Link, now: float) -> bool:
+        """Whether a dead peer's connection has brought nothing for so long that no more will come."""
+        self._read_all()
+        since, arrived = self._dead_since.get(link.peer.link, (now, link.arrived))
+        if link.arrived != arrived:  # zmq reads on as it is emptied
+            since = now
+        if not link.ended:
+            self._dead_since[link.peer.link] = since, link.arrived
+        return now - since > _CONNECTION_OUTLIVES_PEER
 
     def _fault(self, link: Link) -> str:
         """Why a backend cannot bring its tensors there, or has lost some of its."""
@@ -357,12 +396,14 @@ class Exchange:
         return time.monotonic() - self._looked >= self.looks_every
 
     def _death(self, link: Link) -> str:
-        """What tells that a peer is dead; "" when nothing does."""
-        if self.sender.outbound.alive(link.peer) is False or any(
-            inbound.alive(link.peer) is False for inbound in self.receiver.inbounds.values()
-        ):
+        """What tells that a peer is dead; "" when nothing does. /proc is asked where there is no lock."""
+        locks = [self.sender.outbound.alive(link.peer)]
+        locks += [inbound.alive(link.peer) for inbound in self.receiver.inbounds.values()]
+        if False in locks:
             return "its lock is free"
-        return "" if link.process is None or link.process.runs() else "its process has ended"
+        if True in locks or link.process is None or link.process.runs():
+            return ""
+        return "its process has ended"
 
     def _lives(self, link: Link) -> bool:
         return not self._death(link) and link.reachable()
@@ -399,13 +440,12 @@ def _abandon(
     closed.acquire()
 
     def close() -> None:
-        try:
-            outbound.close()
+        with ExitStack() as parts:  # each of them, the last one first, whatever another raises
+            parts.callback(closed.release)
+            parts.callback(wire.close)
             for inbound in inbounds.values():
-                inbound.close()
-            wire.close()
-        finally:
-            closed.release()
+                parts.callback(inbound.close)
+            parts.callback(outbound.close)
 
     try:
         # Not `threading.Thread`, which takes locks that who was interrupted may hold.

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from pathlib import Path
 from typing import NamedTuple
 
-_PROC = Path("/proc")
 _DEAD = (b"Z", b"X", b"x")
 
 
@@ -21,12 +19,8 @@ def own_mark() -> bytes:
     A digest of the boot, the pid namespace, the pid and when the process started.
     """
     pid = os.getpid()
-    try:
-        if os.readlink(_PROC / "self") != str(pid):  # this /proc is of another pid namespace
-            return b""
-    except OSError:
-        return b""
-    return _mark(pid)
+    seen = _look(pid)
+    return b"" if seen is None else _mark(pid, seen)
 
 
 def recognise(pid: int, mark: bytes) -> Process | None:
@@ -34,10 +28,8 @@ def recognise(pid: int, mark: bytes) -> Process | None:
 
     A peer can only prove to be a process that there is: another's mark ties its link to that one's life.
     """
-    if not mark or mark != _mark(pid) or not own_mark():
-        return None
-    seen = _look(pid)
-    return None if seen is None else Process(pid, seen.started)
+    seen = _look(pid) if mark else None
+    return Process(pid, seen.started) if seen is not None and mark == _mark(pid, seen) else None
 
 
 class Process(NamedTuple):
@@ -55,7 +47,7 @@ class Process(NamedTuple):
             os.kill(self.pid, 0)  # asks only, and knows what a /proc that hides others does not show
         except ProcessLookupError:
             return False
-        except PermissionError:
+        except OSError:  # not ours to ask, or a sandbox where nobody may
             pass
         return True
 
@@ -67,7 +59,7 @@ class _Seen(NamedTuple):
 
 def _look(pid: int) -> _Seen | None:
     try:
-        fields = (_PROC / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
+        fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
         state, threads, started = fields[0], int(fields[17]), int(fields[19])
     except (OSError, ValueError, IndexError):
         return None
@@ -75,14 +67,22 @@ def _look(pid: int) -> _Seen | None:
     return _Seen(started, state in _DEAD and threads <= 1)
 
 
-def _mark(pid: int) -> bytes:
-    seen = _look(pid)
-    if seen is None or not seen.started:
-        return b""
+def _mark(pid: int, seen: _Seen) -> bytes:
+    """b"" where the kernel tells nothing to go by, or /proc is of another pid namespace than this process."""
     try:
-        boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink(_PROC / "self/ns/pid")
+        boot, namespace = _read("/proc/sys/kernel/random/boot_id"), os.readlink("/proc/self/ns/pid")
+        if not seen.started or os.readlink("/proc/self") != str(os.getpid()):
+            return b""
     except OSError:
         return b""
-    text = f"{boot} {namespace} {pid} {seen.started}"
+    text = f"{boot.decode().strip()} {namespace} {pid} {seen.started}"
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _read(path: str) -> bytes:
+    """All of a small file in one read, a third of the time that a file object takes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, 4096)
+    finally:
+        os.close(descriptor)

@@ -15,7 +15,7 @@ from transport.errors import ProtocolError
 from transport.link import Link
 from transport.message import VERSION, Hello, Refused, Welcome
 from transport.process import own_mark, recognise
-from transport.wire import Route, Wire
+from transport.wire import Route, Wire, on_this_host
 
 _REMEMBER = 256
 _PATIENCE = 256 << 10
@@ -99,7 +99,7 @@ class Roster:
             patience=greeting.patience,
             ring_patience=greeting.ring_patience,
             accepts=greeting.accepts,
-            process=recognise(greeting.pid, greeting.process),
+            process=recognise(greeting.pid, greeting.process) if on_this_host(peer.address) else None,
         )
         with self._lock:
             self._by_name[peer.name] = self._by_route[route] = link

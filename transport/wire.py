@@ -43,6 +43,8 @@ _LONGEST_IPC_PATH = 107
 _RECEIVE_QUEUE = 128  # messages of one peer that zmq itself keeps; what is unread beyond waits over there
 _NEVER = 10 * 86_400_000  # ms; with -1, which is never, zmq throws away what came and was not read yet
 _UNNUMBERED = 64  # messages without a number that may wait for one peer
+READ_AHEAD = _RECEIVE_QUEUE - _UNNUMBERED
+"""Numbered messages that a peer's zmq keeps before its endpoint looks at them."""
 _GONE = zmq.Event.DISCONNECTED | zmq.Event.CLOSED
 _TURNED_AWAY = (
     zmq.Event.HANDSHAKE_FAILED_AUTH
@@ -411,6 +413,12 @@ def _check_address(address: str, config: TransportConfig, *, listening: bool) ->
             " (curve_key; `tensorferry keys` makes them), or set insecure=True (--insecure) on a network that"
             " you trust"
         )
+
+
+def on_this_host(address: str) -> bool:
+    """Whether who comes over an address surely runs under this kernel."""
+    scheme, _, rest = address.partition("://")
+    return scheme == "ipc" or _is_loopback(rest.rpartition(":")[0])
 
 
 def _check_ipc(path: str, *, listening: bool) -> None:

@@ -448,6 +448,77 @@ def test_without_a_lock_a_process_whose_child_lives_on(kind: str, address: str) 
                     os.waitpid(child, 0)
 
 
+def send_many_with_child(address: str, note: Path, messages: int, backend: str) -> None:
+    """Sends at once what its peer takes its time for, has a child that keeps the connection, and waits."""
+    settings = config(backend=backend, max_queued_messages=messages)
+    with transport.connect(address, name="peer", config=settings, timeout=WAIT) as endpoint:
+        child = lasting_c_fork()
+        for number in range(messages):
+            endpoint.send({"number": number}, to="front")
+        note.write_text(str(child))
+        signal.pause()
+
+
+@pytest.mark.parametrize("backend", ["inline", "shm"])
+def test_what_had_come_of_the_dead_is_received_though_a_child_keeps_the_connection(backend: str) -> None:
+    """zmq reads on only as it is emptied: a peer is given up when nothing more comes."""
+    messages = 400
+    settings = config(backend=backend, max_queued_messages=messages)
+    with (
+        folder() as path,
+        adopting(),
+        transport.listen(Stage(path).address("front"), config=settings) as front,
+    ):
+        note = path / "child"
+        with running(send_many_with_child, front.addresses[0], note, messages, backend) as peer:
+            front.wait_for_peers({"peer"}, timeout=WAIT)
+            if backend == "shm":  # so that there is a lock to ask, too
+                front.send({"bytes": pattern(1, 100_000)}, to="peer")
+            until(lambda: note.exists() and note.read_text(), "all is sent")
+            child = int(note.read_text())
+            try:
+                peer.kill()
+                peer.join(WAIT)
+                came = []
+                while len(came) < messages:
+                    came.append(front.receive(timeout=WAIT).body["number"])
+                    if not len(came) % 50:
+                        time.sleep(0.4)  # for others, this endpoint is busy
+                assert came == list(range(messages))
+                until(lambda: "died" in front.statistics()["left"].get("peer", ""), "the dead is named")
+            finally:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
+
+def send_many(address: str, note: Path, messages: int) -> None:
+    """Sends numbers, says that it is done, and waits for its end."""
+    settings = config(backend="inline", max_queued_messages=messages)
+    with transport.connect(address, name="peer", config=settings, timeout=WAIT) as endpoint:
+        for number in range(messages):
+            endpoint.send({"number": number}, to="front")
+        note.touch()
+        signal.pause()
+
+
+def test_what_had_come_of_the_dead_is_received_though_its_successor_greets() -> None:
+    """The front is busy while one dies and the next of its name greets: what the first sent comes first."""
+    messages = 100  # zmq reads no more of a connection that ended
+    settings = config(backend="inline", max_queued_messages=messages)
+    with folder() as path, transport.listen(Stage(path).address("front"), config=settings) as front:
+        notes = path / "first", path / "second"
+        with running(send_many, front.addresses[0], notes[0], messages) as first:
+            front.wait_for_peers({"peer"}, timeout=WAIT)
+            until(notes[0].exists, "all is sent")
+            first.kill()
+            first.join(WAIT)
+        with running(send_many, front.addresses[0], notes[1], messages) as second:
+            time.sleep(1.0)  # it has greeted, as far as can be told without looking
+            came = [front.receive(timeout=WAIT).body["number"] for _ in range(2 * messages)]
+            assert came == 2 * list(range(messages))
+            assert [peer.pid for peer in front.peers] == [second.pid]
+
+
 def listen_with_child(address: str, note: Path) -> None:
     """A listener that has a child and then waits to be killed."""
     with transport.listen(address, config=config()) as endpoint:

@@ -16,6 +16,7 @@ import transport
 from tests.fuzz.draw import Draw
 from transport import message as wire_types
 from transport.message import Control, Piece, Reference
+from transport.process import own_mark
 from transport.specs import TensorSpec
 from transport.wire import Arrived, Route
 
@@ -23,7 +24,7 @@ _WAIT = 30.0
 _IDENTITY = b"stranger"
 _NONCE = 5
 _MOST_STEPS = 24
-_GREETING = 23  # bytes of an input that a greeting takes when all is right in it
+_GREETING = 25  # bytes of an input that a greeting takes when all is right in it
 _BACKENDS = ["shm", "frames", "inline", "parts", "warp"]
 _BODY = msgspec.msgpack.encode({"x": msgspec.msgpack.Ext(1, bytes(4))})
 _CONFIG = transport.TransportConfig(
@@ -166,6 +167,8 @@ class Handshake:
                 return draw.number()
             case "accepts":
                 return [draw.text() for _ in range(draw.byte() % 70)] if wrong else _BACKENDS[:3]
+            case "process":
+                return draw.take(40) if wrong else draw.pick((own_mark(), b""))
             case "reason":
                 return draw.text()
             case "backend":

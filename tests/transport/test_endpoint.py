@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import select
 import threading
 import time
@@ -439,3 +440,41 @@ def test_in_a_forked_child_every_call_is_closed(front: transport.Endpoint, near:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     front.send({"n": 1})
     assert near.receive().body == {"n": 1}
+
+
+# ------------------------------------------------------------------------------------ leaving in order
+
+
+def _sends_and_leaves(address: str, messages: int, linger: float) -> None:
+    config = transport.TransportConfig(backend="inline", max_queued_messages=messages, linger=linger)
+    with transport.connect(address, name="near", config=config, timeout=WAIT) as near:
+        for number in range(messages):
+            near.send({"number": number})
+
+
+@pytest.mark.parametrize("scheme", ["ipc", "tcp"])
+def test_who_closes_waits_until_what_it_sent_can_be_read(address: str, scheme: str) -> None:
+    """zmq at the other end reads 128 messages ahead, and nothing more once the connection has ended."""
+    messages = 400
+    config = transport.TransportConfig(backend="inline", max_queued_messages=messages, timeout=WAIT)
+    with transport.listen(address if scheme == "ipc" else "tcp://127.0.0.1:0", config=config) as front:
+        with ThreadPoolExecutor(1) as pool:
+            leaving = pool.submit(_sends_and_leaves, front.addresses[0], messages, WAIT)
+            front.wait_for_peers({"near"}, timeout=WAIT)
+            time.sleep(0.5)  # this endpoint is busy
+            came = [front.receive().body["number"] for _ in range(messages)]
+            leaving.result(WAIT)
+        assert came == list(range(messages))
+        assert front.try_receive() is None
+        assert front.statistics()["left"] == {"near": "said goodbye"}
+
+
+def test_who_closes_does_not_wait_for_ever_and_says_what_was_not_read(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = transport.TransportConfig(backend="inline", max_queued_messages=200, timeout=WAIT)
+    with transport.listen(address, config=config) as front, ThreadPoolExecutor(1) as pool:
+        leaving = pool.submit(_sends_and_leaves, front.addresses[0], 200, 0.2)
+        front.wait_for_peers({"near"}, timeout=WAIT)
+        leaving.result(WAIT)
+    assert re.search(r"closed before it was read .* 'front' \(pid \d+\) .* 200 messages", caplog.text)
