@@ -238,7 +238,7 @@ def _leftovers(_config: EngineConfig) -> Iterator[Finding]:
     dead = [info for info in all_segments() if not info.alive]
     if dead:
         text = f"{len(dead)} of dead processes hold {shm.human(sum(info.nbytes for info in dead))}"
-        yield Finding("segments", "note", text, "tensorferry sweep (the next start with a ring does it, too)")
+        yield Finding("segments", "note", text, "tensorferry sweep (the next endpoint to start does it, too)")
     else:
         yield Finding("segments", "ok", "none of dead processes")
 

@@ -3,45 +3,49 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 
-import posix_ipc
-
-from shm import layout as at
 from shm import memory
 from shm.errors import LayoutMismatch, SegmentMissing, ShmError
 from shm.liveness import LivenessLock, is_held
 from shm.look import Look, RecordInfo, SegmentInfo
-from shm.segment import WRITER, open_checked
+from shm.segment import WRITER, is_own_file, is_own_name, open_checked, open_own, read_layout, remove
 
 
 def names() -> list[str]:
     """The names of this user's segments here, sorted."""
-    found = (at.NAME_PATTERN.fullmatch(entry) for entry in os.listdir(memory.DIRECTORY))
-    return sorted(match[0] for match in found if match and int(match[1]) == os.getuid())
+    with os.scandir(memory.DIRECTORY) as entries:
+        return sorted(entry.name for entry in entries if is_own_name(entry.name) and _is_own(entry))
 
 
 def describe(name: str) -> SegmentInfo:
-    """What a segment's header, slot table and columns say. `SegmentMissing` when it is gone."""
+    """What a segment's header, slot table and columns say. `SegmentMissing` when it is gone or not ours."""
     try:
-        with _looking(name) as look:
-            return look.segment(name)
+        fd = open_own(name)
+    except LayoutMismatch as error:
+        raise SegmentMissing(str(error)) from error
+    try:
+        return Look(fd, read_layout(fd)).segment(name)
     except LayoutMismatch:
-        return _unusable(name)
+        return SegmentInfo(name, is_held(fd, WRITER), 0, os.fstat(fd).st_blocks * 512)
+    finally:
+        os.close(fd)
 
 
 def records(name: str) -> list[RecordInfo]:
     """The records of a segment, by address. `SegmentMissing` when it is gone, `LayoutMismatch`."""
-    with _looking(name) as look:
-        return look.records()
+    fd, layout = open_checked(name)
+    try:
+        return Look(fd, layout).records()
+    finally:
+        os.close(fd)
 
 
 def sweep(*, dry_run: bool = False) -> list[str]:
     """Unlink the segments whose writer is dead, told by its lock and by nothing else; their names.
 
     Whoever still has one mapped keeps it; a segment that is just being made is made again under
-    another name by its creator, who looks.
+    another name by its creator, who looks. What cannot be opened, locked or removed stays, and the
+    others go all the same. `OSError` where /dev/shm cannot be read, `ShmError` as `LivenessLock`.
     """
     return [name for name in names() if _sweep(name, dry_run=dry_run)]
 
@@ -70,40 +74,31 @@ def try_lock() -> None:
 
 def _sweep(name: str, *, dry_run: bool) -> bool:
     try:
-        fd = posix_ipc.SharedMemory("/" + name).fd
-    except (posix_ipc.Error, OSError):  # gone, or not ours to open
+        fd = open_own(name)
+    except (SegmentMissing, LayoutMismatch, OSError):  # gone, not ours, or descriptors are short
         return False
     try:
-        if not memory.is_tmpfs(fd) or is_held(fd, WRITER):
+        if is_held(fd, WRITER):
             return False
-        if dry_run:
-            return True
-        lock = LivenessLock(fd, WRITER)  # held while unlinking, so that a creator notices
-        with suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_shared_memory("/" + name)
-        lock.release()
+        if not dry_run:
+            _remove_locked(fd, name)
         return True
-    except BlockingIOError:
+    except OSError:  # its creator locked it just now, or somebody put something else in its place
         return False
     finally:
         os.close(fd)
 
 
-def _unusable(name: str) -> SegmentInfo:
+def _remove_locked(fd: int, name: str) -> None:
+    lock = LivenessLock(fd, WRITER)  # held while unlinking, so that a creator notices
     try:
-        fd = posix_ipc.SharedMemory("/" + name).fd
-    except (posix_ipc.Error, OSError) as error:
-        raise SegmentMissing(f"{name} is gone, or not this user's to open") from error
-    try:
-        return SegmentInfo(name, is_held(fd, WRITER), 0, os.fstat(fd).st_blocks * 512)
+        remove(name)
     finally:
-        os.close(fd)
+        lock.release()
 
 
-@contextmanager
-def _looking(name: str) -> Iterator[Look]:
-    fd, layout = open_checked(name)
+def _is_own(entry: os.DirEntry[str]) -> bool:
     try:
-        yield Look(fd, layout)
-    finally:
-        os.close(fd)
+        return is_own_file(entry.stat(follow_symlinks=False))
+    except OSError:  # gone since the listing
+        return False

@@ -28,6 +28,7 @@ from shm.mapping import READ, READ_WRITE, map_shared
 from shm.tenure import Tenure, Watch
 
 WRITER = 0  # the lock byte of the writer; column c has byte 1 + c
+_OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # another's lease is not waited for
 
 
 class Segment:
@@ -131,8 +132,7 @@ class WriterSegment(Segment):
     def unlink(self) -> None:
         """Take the name away; mappings stay. Nothing happens when it is gone already."""
         if self.linked():
-            with suppress(posix_ipc.ExistentialError):
-                posix_ipc.unlink_shared_memory("/" + self.name)
+            remove(self.name)
 
     def close(self) -> None:
         """As of every segment; the lock goes last, when nobody can be misled any more."""
@@ -194,8 +194,7 @@ def _prepare(name: str, fd: int, layout: Layout, watch: Watch | None = None) -> 
         os.close(fd)
         return None
     except BaseException:
-        with suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_shared_memory("/" + name)
+        remove(name)
         os.close(fd)
         raise
     _write_header(segment)
@@ -216,34 +215,62 @@ def _write_header(segment: WriterSegment) -> None:
     header[at.H_MAGIC] = at.MAGIC  # last: a segment without it is not ready, or never will be
 
 
+def remove(name: str) -> None:
+    """Take a segment's name away. Nothing happens when it is gone already."""
+    with suppress(FileNotFoundError):
+        os.unlink(memory.DIRECTORY / name)
+
+
+def is_own_name(name: str) -> bool:
+    """Whether a segment of this user could be called so."""
+    match = at.NAME_PATTERN.fullmatch(name)
+    return match is not None and int(match[1]) == os.getuid()
+
+
+def is_own_file(status: os.stat_result) -> bool:
+    """Whether that is a regular file of this user, as every segment is."""
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
+
+
+def open_own(name: str) -> int:
+    """Open what has a segment's name: a regular file of this user on a tmpfs, whatever stands in it.
+
+    The name is hostile input, and so is what has it: anybody may make a folder, a pipe or a file of
+    their own in /dev/shm. Nothing is waited for, no link is followed.
+    `SegmentMissing` or `LayoutMismatch`; `OSError` for want of descriptors.
+    """
+    if not is_own_name(name):
+        raise LayoutMismatch("that is not the name of a segment of this user")
+    try:
+        fd = os.open(memory.DIRECTORY / name, _OPEN)
+    except FileNotFoundError as error:
+        raise SegmentMissing("no such segment in this /dev/shm (another host or container?)") from error
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise LayoutMismatch(f"the segment cannot be opened: {error.strerror}") from error
+    if not is_own_file(os.fstat(fd)) or not memory.is_tmpfs(fd):
+        os.close(fd)
+        raise LayoutMismatch("the segment is not a regular file of this user on a tmpfs")
+    return fd
+
+
 def open_checked(name: str) -> tuple[int, Layout]:
     """Open a segment that somebody named: a descriptor and the layout its header and size agree on.
 
-    The name is hostile input: fixed pattern, no links, a regular file of ours, on a tmpfs.
-    `SegmentMissing` or `LayoutMismatch`; `OSError` for want of descriptors.
+    Errors as `open_own`.
     """
-    match = at.NAME_PATTERN.fullmatch(name)
-    if not match or int(match[1]) != os.getuid():
-        raise LayoutMismatch("that is not the name of a segment of this user")
+    fd = open_own(name)
     try:
-        fd = posix_ipc.SharedMemory("/" + name).fd  # shm_open adds O_NOFOLLOW and O_CLOEXEC
-    except posix_ipc.ExistentialError as error:
-        raise SegmentMissing("no such segment in this /dev/shm (another host or container?)") from error
-    except (posix_ipc.PermissionsError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is None:  # posix_ipc's way to say EMFILE and ENFILE
-            raise OSError(errno.EMFILE, "too many open files") from error
-        raise LayoutMismatch(f"the segment cannot be opened: {error}") from error
-    try:
-        return fd, _check_header(fd)
+        return fd, read_layout(fd)
     except BaseException:
         os.close(fd)
         raise
 
 
-def _check_header(fd: int) -> Layout:
+def read_layout(fd: int) -> Layout:
+    """The layout that the header of an open file has, and its size fits. `LayoutMismatch`."""
     status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or not memory.is_tmpfs(fd):
-        raise LayoutMismatch("the segment is not a regular file of this user on a tmpfs")
     if status.st_size < at.PAGE:
         raise LayoutMismatch(f"the segment is {status.st_size} bytes, too short for a header")
     words = memoryview(os.pread(fd, at.PAGE, 0)).cast("Q")

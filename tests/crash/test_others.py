@@ -51,6 +51,22 @@ for call in (lambda: describe(name).alive, lambda: RingReader(Offer(name, 0, 1),
 print(*sweep())
 """
 
+# Everything of ours that looks through /dev/shm, as a user beside whose rings others planted things.
+BESIDE = """
+import os, tempfile
+import shm, transport
+from engine import segments
+{before}
+for backend in ("inline", "frames", "shm", "auto"):
+    config = transport.TransportConfig(backend=backend, ring_bytes=1 << 20)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        with transport.listen(f"ipc://{{folder}}/front.sock", config=config) as front:
+            assert front.peers == []
+assert segments.all_segments() == []
+assert shm.sweep(dry_run=True) == shm.sweep() == []
+print("as if nothing were there")
+"""
+
 
 @contextmanager
 def elsewhere(before: str = "", prefix: Sequence[str] = ()) -> Iterator[tuple[str, subprocess.Popen[str]]]:
@@ -77,6 +93,24 @@ def dead(before: str = "", prefix: Sequence[str] = ()) -> str:
         _kill(process)
     until(lambda: not _held(name), "the lock of the dead is free")
     return name
+
+
+@contextmanager
+def planted(uid: int) -> Iterator[list[str]]:
+    """A folder, a pipe and a file that everybody may open, of another user, called as segments of `uid`."""
+    names = [f"tensorferry.{uid}.{digit}{os.urandom(16).hex()[1:]}" for digit in "012"]
+    folder, pipe, file = (shm.DIRECTORY / name for name in names)
+    folder.mkdir()
+    os.mkfifo(pipe)
+    file.touch()
+    for path in (pipe, file):
+        path.chmod(0o666)
+    try:
+        yield names
+    finally:
+        folder.rmdir()
+        pipe.unlink()
+        file.unlink()
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
@@ -146,3 +180,17 @@ def test_another_user_touches_nothing_of_ours() -> None:
         assert not there(theirs)
         assert there(writer.name)
         assert np.array_equal(view, pattern(1, 5000))
+
+
+@needs_root
+def test_another_user_stops_nothing_of_ours() -> None:
+    """Whatever is planted under our names, endpoints begin, nothing of it is shown, and the dead go."""
+    left = dead(_AS_NOBODY)
+    with planted(_NOBODY) as names:
+        code = BESIDE.format(before=_AS_NOBODY)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=WAIT, check=False
+        )
+        assert (done.stdout, done.stderr) == ("as if nothing were there\n", "")
+        assert not there(left)
+        assert all(map(there, names))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
+import socket
 import stat
 import struct
 import threading
@@ -12,9 +15,20 @@ from pathlib import Path
 
 import pytest
 
-from shm import LayoutMismatch, NoSpace, Offer, RingReader, RingWriter, SegmentMissing, memory, require_space
+from shm import (
+    LayoutMismatch,
+    NoSpace,
+    Offer,
+    RingReader,
+    RingWriter,
+    SegmentMissing,
+    inspect,
+    memory,
+    require_space,
+)
 from shm import layout as at
-from shm.inspect import describe
+from shm.inspect import describe, names, sweep
+from shm.liveness import LivenessLock
 from shm.segment import open_checked
 from tests.shm.rings import attach, ring, run_python, send
 
@@ -68,14 +82,18 @@ def test_a_name_that_is_not_there_is_missing() -> None:
 
 
 @contextmanager
-def planted(make: Callable[[Path], object]) -> Iterator[str]:
-    """Something in /dev/shm under a proper name."""
-    name = f"tensorferry.{os.getuid()}.{os.urandom(16).hex()}"
-    make(SHM / name)
+def planted(make: Callable[[Path], object], begins: str = "") -> Iterator[str]:
+    """Something in /dev/shm under a proper name, of which the hexadecimal end begins so."""
+    name = f"tensorferry.{os.getuid()}.{begins}{os.urandom(16).hex()[len(begins) :]}"
+    path = SHM / name
+    make(path)
     try:
         yield name
     finally:
-        (SHM / name).unlink()
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
 
 
 def header(**words: int) -> bytes:
@@ -103,10 +121,32 @@ def sized(content: bytes, size: int = at.Layout(1 << 20, 64, 4).total) -> Callab
     return make
 
 
-HOSTILE: dict[str, Callable[[Path], object]] = {
+def of_another(path: Path) -> None:
+    """An empty file that everybody may open, and that is not this user's."""
+    if os.geteuid():
+        pytest.skip("needs root for a file of another user")
+    path.touch()
+    path.chmod(0o666)
+    os.chown(path, os.getuid() + 1, -1)
+
+
+def bound(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+# What anybody who can make a name in /dev/shm can leave there under a segment's.
+NOT_OURS: dict[str, Callable[[Path], object]] = {
     "a link": lambda path: path.symlink_to("/etc/passwd"),
-    "a folder": lambda path: path.symlink_to("/etc"),
+    "a link to a folder": lambda path: path.symlink_to("/etc"),
+    "a link to nothing": lambda path: path.symlink_to("nothing"),
+    "a folder": Path.mkdir,
     "a pipe": os.mkfifo,
+    "a socket": bound,
+    "of another": of_another,
+}
+
+HOSTILE: dict[str, Callable[[Path], object]] = NOT_OURS | {
     "empty": sized(b"", 0),
     "short": sized(b"", at.PAGE - 1),
     "zeros": sized(b"", 1 << 20),
@@ -125,11 +165,56 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
 }
 
 
+def test_a_lease_is_not_waited_for() -> None:
+    """Opening a file that its owner leases waits for them, for 45 s at most, unless it asks not to wait."""
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # which the kernel sends to the holder of the lease
+    try:
+        with planted(sized(header())) as name, open(SHM / name, "rb") as file:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            with pytest.raises(LayoutMismatch, match="cannot be opened"):
+                open_checked(name)
+    finally:
+        signal.signal(signal.SIGIO, before)
+
+
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_planted_file_is_refused(kind: str) -> None:
     with planted(HOSTILE[kind]) as name, pytest.raises(LayoutMismatch) as caught:
         RingReader(Offer(name, 0, 1), "victim")
     assert name.split(".")[2] not in str(caught.value)  # what is said goes to a peer
+
+
+@pytest.mark.parametrize("kind", NOT_OURS)
+def test_what_is_no_file_of_ours_is_passed_by(kind: str) -> None:
+    """It is not listed, described or removed, and a dead ring whose name is sorted behind it goes."""
+    with planted(NOT_OURS[kind], "0") as name, planted(Path.touch, "f") as dead:
+        assert name not in names()
+        with pytest.raises(SegmentMissing):
+            describe(name)
+        would_go = sweep(dry_run=True)
+        assert dead in would_go
+        assert name not in would_go
+        assert dead in sweep()
+        assert not (SHM / dead).exists()
+        assert os.path.lexists(SHM / name)
+
+
+def test_what_replaces_a_dead_ring_while_it_is_swept_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another sweep took the name, and somebody put a folder there, between opening and removing it."""
+
+    def replaced(fd: int, byte: int) -> LivenessLock:
+        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        if path == SHM / name:
+            path.unlink()
+            path.mkdir()
+        return LivenessLock(fd, byte)
+
+    monkeypatch.setattr(inspect, "LivenessLock", replaced)
+    with planted(Path.touch, "0") as name, planted(Path.touch, "f") as dead:
+        swept = sweep()
+        assert dead in swept
+        assert name not in swept
+        assert (SHM / name).is_dir()
 
 
 def test_the_planted_files_are_refused_for_the_one_thing_that_is_wrong() -> None:

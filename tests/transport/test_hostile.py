@@ -482,6 +482,25 @@ def test_a_refusal_tells_nothing_of_what_stands_in_a_segment(front: transport.En
         assert reason == "there is no such segment where it would be read (another host or container?)"
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, partial(os.symlink, "/etc/passwd")])
+def test_an_offer_of_what_anybody_can_plant_is_refused(
+    make: Callable[[str], None], front: transport.Endpoint
+) -> None:
+    """What is no file at all costs nothing but the offer, whoever put it under a segment's name."""
+    name = f"tensorferry.{os.getuid()}.{os.urandom(16).hex()}"
+    path = shm.DIRECTORY / name
+    make(str(path))
+    try:
+        with stranger(front) as raw:
+            raw.hello()
+            reason = raw.refused(shm.Offer(name, 0, 1))
+            assert reason == "the segment is no ring of this version and this user"
+            raw.say(raw.data(1, {"n": 1}))
+            assert front.receive().body == {"n": 1}
+    finally:
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 def test_a_refusal_for_want_of_memory_tells_no_path_and_no_size(
     front: transport.Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -538,6 +557,26 @@ def descriptors_left(number: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(FileNotFoundError("no /dev/shm"), set()), (shm.ShmError("no locks"), {"stay in /dev/shm: no locks"})],
+)
+def test_a_sweep_that_fails_stops_no_endpoint(
+    error: Exception,
+    words: set[str],
+    address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fails() -> list[str]:
+        raise error
+
+    monkeypatch.setattr(shm, "sweep", fails)
+    with transport.listen(address, config=CONFIG) as front:
+        assert {message.partition("processes ")[2] for message in caplog.messages} == words
+        lives(front)
 
 
 def test_one_frame_beyond_the_limit_ends_the_connection(front: transport.Endpoint) -> None:

@@ -28,7 +28,7 @@ from transport.backends.base import (
 )
 from transport.backends.records import Parcels, ShmParcel, Unfilled
 from transport.backends.ring_messages import RingHandle, RingOffer, RingProof, encode, proofs, ring_trace
-from transport.backends.shm_inbound import ShmInbound
+from transport.backends.shm_inbound import ShmInbound, sweep
 from transport.config import TransportConfig
 from transport.errors import Full, PeerGone, TooLarge
 from transport.sharing import Exporter
@@ -169,7 +169,7 @@ class ShmOutbound(Outbound):
                 raise shm.RingClosed("this end is closed")
             if self._writer is None:
                 config = self.config
-                shm.sweep()
+                sweep()
                 shm.require_space(config.ring_bytes)
                 self._writer = shm.RingWriter(
                     config.ring_bytes,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 
 import msgspec
@@ -42,9 +41,7 @@ class ShmInbound(Inbound):
         self._identities: dict[Peer, int] = {}
         self._short = False
         self.importer = Importer()
-        # Also where no ring will be made: somebody's rings may lie here since long before.
-        with suppress(OSError):  # there is no /dev/shm, or it is not this user's to read
-            shm.sweep()
+        sweep()  # also where no ring will be made: somebody's rings may lie here since long before
 
     def accept(self, peer: Peer, offer: bytes, own_name: str) -> Proof | Refusal:
         older = self._proved.pop(peer, None)
@@ -160,6 +157,16 @@ class ShmInbound(Inbound):
     def close(self) -> None:
         for peer in {*self._proved, *self._identities}:
             self.drop(peer)
+
+
+def sweep() -> None:
+    """Remove the rings of the dead. What keeps it from that keeps no endpoint from anything."""
+    try:
+        shm.sweep()
+    except OSError:
+        pass  # there is no /dev/shm, or it is not this user's to read
+    except Exception as error:  # noqa: BLE001  # others may have made there whatever they can
+        _log.warning("the rings of dead processes stay in /dev/shm: %s", error)
 
 
 def _decoded(handle: bytes) -> RingHandle:
