@@ -130,11 +130,18 @@ class Endpoint:
                 return
             left = deadline - time.monotonic()
             if left <= 0:
-                missing = (
-                    f"{peers} peers" if isinstance(peers, int) else ", ".join(sorted(set(peers) - there))
-                )
-                raise Timeout(f"waited for {missing}; linked: {self._exchange.sender.lateness.linked()}")
+                missing = None if isinstance(peers, int) else sorted(set(peers) - there)
+                what = f"{peers} peers" if missing is None else ", ".join(missing)
+                linked = self._exchange.sender.lateness.linked()
+                raise Timeout(f"waited for {what}; linked: {linked}{self._and_left(missing)}")
             self._exchange.wait(left)
+
+    def account(self, name: str) -> str:
+        """What a time-out says of the peer of that name: pid, what it has not acknowledged and holds, since
+        when; of one that is not linked, why.
+        """
+        self._exchange.check()
+        return self._exchange.sender.lateness.named(name)
 
     @property
     def peers(self) -> list[PeerInfo]:
@@ -399,8 +406,8 @@ class Endpoint:
 
     def _check_anybody_there(self) -> None:
         if not self._listening and not self._exchange.roster.links() and not self._exchange.receiver.queue:
-            left = "; ".join(f"{name!r} {reason}" for name, reason in self._exchange.roster.left().items())
-            raise PeerGone(f"nobody is left who could send to {self.name!r}: {left or 'it never connected'}")
+            left = self._exchange.roster.departed() or "it never connected"
+            raise PeerGone(f"nobody is left who could send to {self.name!r}: {left}")
 
     def _deadline(self, timeout: float | None) -> float:
         return time.monotonic() + (self.config.timeout if timeout is None else timeout)
@@ -416,7 +423,7 @@ class Endpoint:
         if len(names) > 1:
             raise ValueError(f"say to whom: {self.name!r} is linked with {', '.join(sorted(names))}")
         if not names:
-            left = "; ".join(f"{name!r} {reason}" for name, reason in self._exchange.roster.left().items())
+            left = self._exchange.roster.departed()
             raise PeerGone(f"nobody is linked with {self.name!r}{': ' + left if left else ''}")
         return names
 
@@ -424,7 +431,13 @@ class Endpoint:
         exchange = self._exchange
         unfinished = exchange.receiver.what_is_unfinished()
         linked = exchange.sender.lateness.linked() if exchange.roster.links() else "somebody to connect"
-        return f"{self.name!r} received nothing in time; {unfinished or f'it waited for {linked}'}"
+        what = unfinished or f"it waited for {linked}{self._and_left()}"
+        return f"{self.name!r} received nothing in time; {what}"
+
+    def _and_left(self, names: Collection[str] | None = None) -> str:
+        """The end of a text on who is linked: who (of these names) was."""
+        left = self._exchange.roster.departed(names)
+        return f"; left: {left}" if left else ""
 
 
 def listen(

@@ -53,11 +53,15 @@ class Lateness:
 
     def linked(self) -> str:
         """The account of every peer, and since when it is linked; "nobody" when there is none."""
-        now = time.monotonic()
-        accounts = [
-            f"{self.account(link)}; linked for {now - link.since:.1f} s" for link in self._roster.links()
-        ]
-        return "; ".join(accounts) or "nobody"
+        return "; ".join(map(self._with_age, self._roster.links())) or "nobody"
+
+    def named(self, name: str) -> str:
+        """The same of the peer of that name; where it is not linked, why."""
+        link = self._roster.named(name)
+        return self._roster.missing(name) if link is None else self._with_age(link)
+
+    def _with_age(self, link: Link) -> str:
+        return f"{self.account(link)}; linked for {time.monotonic() - link.since:.1f} s"
 
     def _warn(self, what: str, links: Sequence[Link], nbytes: int, seconds: float) -> None:
         """Name the receivers that are late; else whoever is, and may hold the room; else the receivers."""

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transport.backends.base import Peer
 from transport.config import TransportConfig
@@ -18,6 +18,7 @@ from transport.process import own_mark, recognise
 from transport.wire import Route, Wire, on_this_host
 
 _REMEMBER = 256
+_SAY = 8  # of them, in one text
 _PATIENCE = 256 << 10
 
 
@@ -127,10 +128,18 @@ class Roster:
     def missing(self, name: str) -> str:
         """Why there is no link of that name, and which there are, for a person."""
         there = ", ".join(sorted(self._by_name)) or "nobody"
-        if name in self._left:
-            reason, when = self._left[name]
-            return f"{name!r} {reason} {time.monotonic() - when:.1f} s ago; linked: {there}"
-        return f"no peer named {name!r} is linked; linked: {there}"
+        return f"{self.departed([name]) or f'no peer named {name!r} is linked'}; linked: {there}"
+
+    def departed(self, names: Collection[str] | None = None) -> str:
+        """Who left (of these names) and is not back, why and when, the last first, for a person."""
+        now = time.monotonic()
+        left = [
+            f"{name!r} {reason} {now - when:.1f} s ago"
+            for name, (reason, when) in reversed(list(self._left.items()))
+            if names is None or name in names
+        ]
+        more = [f"and {len(left) - _SAY} more"] if len(left) > _SAY else []
+        return "; ".join([*left[:_SAY], *more])
 
     def left(self) -> dict[str, str]:
         """The peers that left last and are not back, and why."""

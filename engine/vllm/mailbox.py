@@ -70,7 +70,8 @@ class Mailbox:
                 left = deadline - time.monotonic()
                 if left <= 0 or self._closed.is_set():
                     raise LookupError(
-                        f"tensor {key[1]} of {key[0]} did not come from {sender} in {timeout:g} s"
+                        f"tensor {key[1]} of {key[0]} did not come from {sender} in {timeout:g} s:"
+                        f" {self._account(sender)}"
                     )
                 self._came.wait(left)
 
@@ -89,6 +90,12 @@ class Mailbox:
             with self._came:
                 self._queues.clear()
                 self._came.notify_all()
+
+    def _account(self, sender: str) -> str:
+        try:
+            return self.endpoint.account(sender)
+        except Closed as error:
+            return str(error)
 
     # ------------------------------------------------------------------ in the threads
 

@@ -213,7 +213,15 @@ def test_a_tensor_that_never_comes_is_an_error(
 ) -> None:
     front, core = pair
     monkeypatch.setattr(roles, "_TAKE_TIMEOUT", 0.1)
-    with pytest.raises(LookupError, match="did not come"):
+    what = rf"tensor 99 of {front.name} did not come from {front.name} in 0.1 s: '{front.name}' "
+    with pytest.raises(LookupError, match=rf"{what}\(pid {os.getpid()}\) at ipc://.*; linked for \d+\.\d s"):
+        provide(core, {"tensorferry": [front.name, 99]})
+    front.close()
+    until(lambda: not core.endpoint.peers)
+    with pytest.raises(LookupError, match=rf"{what}said goodbye \d+\.\d s ago; linked: nobody"):
+        provide(core, {"tensorferry": [front.name, 99]})
+    core.close()
+    with pytest.raises(LookupError, match=r"did not come .* is closed"):
         provide(core, {"tensorferry": [front.name, 99]})
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import transport
-from transport.conformance import WAIT, Pumped, digest, joined, noise, serving
+from transport.conformance import WAIT, Pumped, digest, joined, left, noise, running, serve, serving
 from transport.message import Abandon
 from transport.waiting import RateLimit, Wait
 
@@ -216,6 +216,42 @@ def test_a_receive_that_times_out_names_whom_it_waited_for(address: str) -> None
             pytest.raises(transport.Timeout, match=rf"'near' \(pid {os.getpid()}\) at .* linked for \d"),
         ):
             front.receive(timeout=0.01)
+
+
+def test_who_waits_is_told_who_was_there_and_died(address: str) -> None:
+    config = quick("inline")
+    died = r"left: 'r' is gone: the connection ended \d+\.\d s ago"
+    with transport.listen(address, config=config) as front:
+        with running(serve, address, "r", {"backend": "inline"}):
+            front.wait_for_peers("r", timeout=WAIT)
+        left(front)  # killed by now
+        with pytest.raises(transport.Timeout, match=f"it waited for somebody to connect; {died}$"):
+            front.receive(timeout=0.01)
+        for peers in (1, "r", {"r"}):
+            with pytest.raises(transport.Timeout, match=f"waited for (r|1 peers); linked: nobody; {died}$"):
+                front.wait_for_peers(peers, timeout=0.01)
+        with joined(front, "near", config):
+            with pytest.raises(transport.Timeout, match=rf"waited for 'near' .* linked for \S+ s; {died}$"):
+                front.receive(timeout=0.01)
+            with pytest.raises(transport.Timeout, match="waited for other; linked: 'near'") as caught:
+                front.wait_for_peers({"near", "other"}, timeout=0.01)
+            assert "left" not in str(caught.value)  # nobody of that name
+    with pytest.raises(transport.Closed, match="endpoint 'front' is closed"):
+        front.account("near")
+
+
+def test_of_many_who_left_the_last_are_named(address: str) -> None:
+    config = quick("inline")
+    with transport.listen(address, config=config) as front:
+        for number in range(12):
+            with joined(front, f"r{number}", config):
+                pass
+        left(front)
+        with pytest.raises(transport.Timeout) as caught:
+            front.receive(timeout=0.01)
+    text = str(caught.value)
+    assert re.findall(r"'(r\d+)' said goodbye", text) == [f"r{number}" for number in range(11, 3, -1)]
+    assert text.endswith("; and 4 more")
 
 
 def account(name: str, messages: int, records: int) -> str:
