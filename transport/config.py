@@ -44,7 +44,9 @@ class TransportConfig:
     )
     max_message_bytes: int = _option(8 << 30, "a larger message is refused on both sides", least=1)
     max_control_bytes: int = _option(16 << 20, "largest control message, inline tensors included", least=4096)
-    max_peers: int = _option(256, "links at a time; more are refused", least=1)
+    max_peers: int = _option(
+        256, "links at a time, and ended ones whose messages wait to be received; more are refused", least=1
+    )
     max_queued_messages: int = _option(1024, "unacknowledged messages for one peer", least=1)
     max_queued_bytes: int = _option(
         256 << 20,

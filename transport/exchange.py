@@ -28,6 +28,7 @@ from transport.message import (
     Answered,
     Attached,
     Goodbye,
+    Greeting,
     Hello,
     Offered,
     Refused,
@@ -221,7 +222,11 @@ class Exchange:
         try:
             message = wire_types.decode(arrived.control)
         except ProtocolError:
-            self._drop("not a message")
+            greeting = wire_types.decode_greeting(arrived.control)
+            if greeting is None:
+                self._drop("not a message")
+            else:
+                self._greet(arrived.route, greeting)
             return
         if isinstance(message, Hello):
             self._greet(arrived.route, message)
@@ -263,25 +268,27 @@ class Exchange:
         elif isinstance(message, Goodbye):
             self._finish(link, f"said goodbye{': ' + message.reason if message.reason else ''}")
 
-    def _greet(self, route: Route, hello: Hello, *, replacing: bool = False) -> None:
+    def _greet(self, route: Route, greeting: Greeting, *, replacing: bool = False) -> None:
         if not route.identity or self.roster.at(route) is not None:
             self._drop("a second greeting")
             return
-        reason = self.roster.judge(hello)
-        holder = self.roster.named(hello.name)
-        if not reason and holder is not None:
-            if self._lives(holder):
+        reason = self.roster.judge(greeting)
+        if isinstance(greeting, Hello) and not reason:
+            holder = self.roster.named(greeting.name)
+            if holder is not None and self._lives(holder):
                 reason = self.roster.taken(holder)
-            elif not replacing:  # what the dead one sent may lie behind this greeting
-                self._successors.append((route, hello))
+            elif holder is not None and not replacing:  # what the dead one sent may lie behind this greeting
+                self._successors.append((route, greeting))
                 return
             else:
-                self._finish(holder, "was replaced by a new peer of its name")
-        if reason:
+                if holder is not None:
+                    self._finish(holder, "was replaced by a new peer of its name")
+                reason = self.roster.full()
+        if reason or not isinstance(greeting, Hello):
             self._drop("refused")
-            self._post(route, self.roster.refusal(hello, reason))
+            self._post(route, self.roster.refusal(greeting, reason))
             return
-        link, welcome = self.roster.welcome(route, hello)
+        link, welcome = self.roster.welcome(route, greeting)
         self._post(route, welcome)
         self._begin(link)
 

@@ -165,8 +165,9 @@ class Link:
         """
         self._overtakers.add(number)
         while self.taken + 1 in self._overtakers:
+            # In this order, so that who looks at `waiting` meanwhile never sees less than there is.
+            self._overtakers.discard(self.taken + 1)
             self.taken += 1
-            self._overtakers.discard(self.taken)
         self._owed += nbytes - in_ring
         self._owed_in_ring += in_ring
         if (

@@ -29,7 +29,14 @@ class _Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=F
     pass
 
 
-class Hello(_Message, tag=1):
+class Greeting(_Message, tag=1, forbid_unknown_fields=False):
+    """What a hello of any version begins with; `Refused` is the same in every version, too."""
+
+    version: int
+    nonce: Word
+
+
+class Hello(Greeting, tag=1, forbid_unknown_fields=True):
     """From who connects: `nonce` comes back in the welcome.
 
     window: so many messages may be unacknowledged, of window_bytes in all. patience: so many bytes may wait
@@ -37,8 +44,6 @@ class Hello(_Message, tag=1):
     process: `transport.process.own_mark`.
     """
 
-    version: int
-    nonce: Word
     name: Name
     pid: Word
     window: Annotated[int, Meta(ge=1)]
@@ -178,6 +183,8 @@ Control = (
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Control)
+_greeting_decoder = msgspec.msgpack.Decoder(Greeting)
+_MALFORMED = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError)
 
 
 def encode(message: Control) -> bytes:
@@ -189,5 +196,17 @@ def decode(frame: bytes | memoryview) -> Control:
     """`ProtocolError` unless the frame is a control message of this version."""
     try:
         return _decoder.decode(frame)
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
+    except _MALFORMED as error:
         raise ProtocolError(f"not a control message: {error}") from error
+
+
+def decode_greeting(frame: bytes | memoryview) -> Greeting | None:
+    """How the hello of another version begins, whatever its other fields are; None when it is none.
+
+    These fields are passed over and take no memory.
+    """
+    try:
+        greeting = _greeting_decoder.decode(frame)
+    except _MALFORMED:
+        return None
+    return None if greeting.version == VERSION else greeting

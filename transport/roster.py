@@ -13,7 +13,7 @@ from transport.backends.base import Peer
 from transport.config import TransportConfig
 from transport.errors import ProtocolError
 from transport.link import Link
-from transport.message import VERSION, Hello, Refused, Welcome
+from transport.message import VERSION, Greeting, Hello, Refused, Welcome
 from transport.process import own_mark, recognise
 from transport.wire import Route, Wire, on_this_host
 
@@ -32,6 +32,7 @@ class Roster:
         self._accepts = list(accepts)
         self._by_name: dict[str, Link] = {}
         self._by_route: dict[Route, Link] = {}
+        self._ended: list[Link] = []  # with messages that were not received
         self._left: OrderedDict[str, tuple[str, float]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -41,15 +42,27 @@ class Roster:
         """What a connecting endpoint says first."""
         return Hello(VERSION, nonce, self.name, os.getpid(), *self._terms())
 
-    def judge(self, hello: Hello) -> str:
-        """Why a hello must be refused; "" when it need not be."""
-        if hello.version != VERSION:
-            return f"this endpoint speaks version {VERSION}, not {hello.version}"
-        if hello.name == self.name:
-            return f"the name {hello.name!r} is this endpoint's own"
-        if len(self._by_name) >= self._config.max_peers and hello.name not in self._by_name:
-            return f"there are {len(self._by_name)} peers already (max_peers)"
+    def judge(self, greeting: Greeting) -> str:
+        """Why a greeting must be refused; "" when it need not be."""
+        if greeting.version != VERSION:
+            return f"this endpoint speaks version {VERSION}, not {greeting.version}"
+        if isinstance(greeting, Hello) and greeting.name == self.name:
+            return f"the name {greeting.name!r} is this endpoint's own"
         return ""
+
+    def full(self) -> str:
+        """Why there can be no more links; "" when there can.
+
+        What an ended link left counts as one until it is received: a peer that comes and goes again and
+        again would else leave the limits of a link each time.
+        """
+        most, linked = self._config.max_peers, len(self._by_name)
+        ended = sum(link.waiting > 0 for link in self._ended)
+        if linked + ended < most:
+            return ""
+        left = f", and {ended} links ended with messages that wait to be received" if ended else ""
+        when = "they are received" if ended else "one has left"
+        return f"there are {linked} peers{left} (max_peers is {most}); try again when {when}, or raise it"
 
     def taken(self, holder: Link) -> str:
         """Why a second peer of one name is refused while the first lives."""
@@ -74,9 +87,9 @@ class Roster:
         return self._link(route, peer, welcome)
 
     @staticmethod
-    def refusal(hello: Hello, reason: str) -> Refused:
-        """The answer to a hello that was judged bad."""
-        return Refused(hello.nonce, reason)
+    def refusal(greeting: Greeting, reason: str) -> Refused:
+        """The answer to a greeting that was judged bad."""
+        return Refused(greeting.nonce, reason)
 
     def _terms(self) -> tuple[int, int, list[str], int, int, bytes]:
         """Window, patience, accepted backends, bytes in the window, patience in the ring, this process.
@@ -153,6 +166,7 @@ class Roster:
             self._by_route.pop(link.route, None)
             if self._by_name.get(link.peer.name) is link:
                 del self._by_name[link.peer.name]
+            self._ended = [ended for ended in (*self._ended, link) if ended.waiting]
             self._left[link.peer.name] = (reason, time.monotonic())
             while len(self._left) > _REMEMBER:
                 self._left.popitem(last=False)

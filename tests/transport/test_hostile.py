@@ -11,6 +11,7 @@ import socket as sockets_module
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -164,6 +165,69 @@ def test_mutated_greetings(front: transport.Endpoint, monkeypatch: pytest.Monkey
     lives(front)
 
 
+_NEXT = wire_types.VERSION + 1
+_GREETING = [1, _NEXT, 7, "raw", 1, 9, 0, ["frames"], 1 << 20, 0, b""]
+
+
+@pytest.mark.parametrize(
+    "greeting",
+    [
+        _GREETING,
+        [*_GREETING, {"more": [1.5]}],
+        _GREETING[:3],
+        _GREETING[:5],
+        [1, _NEXT, 7, b"raw", "x", None],
+    ],
+    ids=["the same", "one more", "none", "some", "others"],
+)
+def test_a_greeting_of_another_version_is_refused_whatever_its_fields(
+    front: transport.Endpoint, greeting: list[object]
+) -> None:
+    with stranger(front) as raw:
+        raw.say(msgspec.msgpack.encode(greeting))
+        reason = f"this endpoint speaks version {wire_types.VERSION}, not {_NEXT}"
+        assert raw.hear() == wire_types.Refused(7, reason)
+        assert isinstance(raw.hello(), wire_types.Welcome)
+        raw.say(msgspec.msgpack.encode(greeting))
+        until(lambda: front.statistics()["dropped"] == {"refused": 1, "a second greeting": 1})
+        raw.say(raw.data(1, {"n": 1}))
+        assert front.receive().body == {"n": 1}
+
+
+def test_what_is_no_greeting_of_another_version_gets_no_answer(front: transport.Endpoint) -> None:
+    encode = msgspec.msgpack.encode
+    junk = [
+        [1, _NEXT],
+        [1, wire_types.VERSION, 7],  # this version, and not its fields
+        [2, _NEXT, 7],
+        [99, _NEXT, 7],
+        [1, str(_NEXT), 7],
+        [1, _NEXT, -7],
+        [1, _NEXT, 1 << 63],
+        {1: _NEXT},
+    ]
+    whole = encode(_GREETING)
+    frames = [*map(encode, junk), whole[:-1], whole + b"\0", encode(_GREETING[:3])[:3]]
+    frames.append(b"\x94" + encode(_GREETING[:3])[1:] + b"\x91" * 90_000)
+    with stranger(front) as raw:
+        for frame in frames:
+            raw.say(frame)
+        assert isinstance(raw.hello(), wire_types.Welcome)  # the first thing that it hears
+    assert front.statistics()["dropped"] == {"not a message": len(frames)}
+
+
+def test_a_greeting_of_another_version_takes_no_memory_beside_its_frame() -> None:
+    most = 1 << 20
+    frame = b"\xdd" + most.to_bytes(4, "big") + bytes((1, _NEXT, 7)) + b"\xc0" * (most - 3)
+    tracemalloc.start()
+    try:
+        greeting = wire_types.decode_greeting(frame)
+        assert tracemalloc.get_traced_memory()[1] < 10_000
+    finally:
+        tracemalloc.stop()
+    assert greeting == wire_types.Greeting(_NEXT, 7)
+
+
 def test_messages_without_a_link(front: transport.Endpoint) -> None:
     with stranger(front) as raw:
         for message in (
@@ -221,6 +285,56 @@ def test_thousands_that_say_hello_and_die(address: str) -> None:
         assert told["link.begun"] == told["link.ended"] == waves * config.max_peers
         assert set(front.statistics()["dropped"]) == {"refused"}
         lives(front)
+
+
+def waiting(front: transport.Endpoint, number: int) -> bool:
+    """Whether that many messages wait to be received."""
+    pump(front)
+    return len(front._exchange.receiver.queue) == number
+
+
+def test_who_comes_and_goes_again_and_again_leaves_no_more_than_its_limits(address: str) -> None:
+    """What an ended link left counts as a link until it is received; else a goodbye would be a new start."""
+    config = dataclasses.replace(CONFIG, max_peers=3)
+    each = 8
+    with transport.listen(address, config=config) as front, stranger(front) as raw:
+        for _ in range(config.max_peers):
+            assert isinstance(raw.hello(), wire_types.Welcome)
+            for number in range(each):
+                raw.say(raw.data(number + 1, bytes(60_000)))
+            raw.say(wire_types.Goodbye(raw.link))
+        for _ in range(20):
+            refused = raw.hello()
+            assert isinstance(refused, wire_types.Refused)
+            assert refused.reason == (
+                "there are 0 peers, and 3 links ended with messages that wait to be received"
+                " (max_peers is 3); try again when they are received, or raise it"
+            )
+        assert len(front._exchange.receiver.queue) == config.max_peers * each
+        for _ in range(each):
+            front.receive()
+        assert isinstance(raw.hello(), wire_types.Welcome)
+        raw.say(raw.data(1, "more"))
+        for _ in range((config.max_peers - 1) * each):
+            assert front.receive().body == bytes(60_000)
+        assert front.receive().body == "more"
+
+
+def test_who_comes_back_while_its_old_messages_wait_counts_as_one_more(address: str) -> None:
+    config = dataclasses.replace(CONFIG, max_peers=2)
+    with transport.listen(address, config=config) as front:
+        for number in range(config.max_peers):
+            with stranger(front) as raw:  # which ends without a goodbye, as who is killed does
+                assert isinstance(raw.hello("rank0"), wire_types.Welcome)
+                raw.say(raw.data(1, number))
+                until(partial(waiting, front, number + 1))
+        with stranger(front) as raw:
+            refused = raw.hello("rank0")
+            assert isinstance(refused, wire_types.Refused)
+            assert "2 links ended with messages that wait to be received (max_peers is 2)" in refused.reason
+            assert front.receive().body == 0
+            assert isinstance(raw.hello("rank0"), wire_types.Welcome)
+            assert front.receive().body == 1
 
 
 _FEW = """
