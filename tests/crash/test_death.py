@@ -479,7 +479,7 @@ def test_what_had_come_of_the_dead_is_received_though_a_child_keeps_the_connecti
             try:
                 peer.kill()
                 peer.join(WAIT)
-                came = []
+                came: list[int] = []
                 while len(came) < messages:
                     came.append(front.receive(timeout=WAIT).body["number"])
                     if not len(came) % 50:
