@@ -67,7 +67,7 @@ class Exchange:
         for inbound in inbounds.values():
             inbound.begin(outbound, self.wire.wake)
         self.roster = Roster(self.wire, config, name, list(inbounds))
-        self.receiver = Receiver(config, inbounds, self._finish)
+        self.receiver = Receiver(config, inbounds)
         self.sender = Sender(config, self.roster, outbound, self.poll, self.wait)
         self.dropped: Counter[str] = Counter()
         self.closed = False

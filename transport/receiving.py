@@ -27,14 +27,11 @@ from transport.tensors import Tensor, view
 
 
 class Receiver:
-    """One queue for all links, in the order of arrival. `finish` ends a link that broke the protocol."""
+    """One queue for all links, in the order of arrival."""
 
-    def __init__(
-        self, config: TransportConfig, inbounds: Mapping[str, Inbound], finish: Callable[[Link, str], None]
-    ) -> None:
+    def __init__(self, config: TransportConfig, inbounds: Mapping[str, Inbound]) -> None:
         self._config = config
         self.inbounds = inbounds
-        self._finish = finish
         self._in_place = {name for name, inbound in inbounds.items() if inbound.in_place}
         self._on_device = {name for name, inbound in inbounds.items() if inbound.on_device}
         self.queue: deque[Waiting] = deque()
