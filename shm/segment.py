@@ -194,8 +194,8 @@ def _prepare(name: str, fd: int, layout: Layout, watch: Watch | None = None) -> 
         os.close(fd)
         return None
     except BaseException:
-        remove(name)
         os.close(fd)
+        remove(name)
         raise
     _write_header(segment)
     return segment
@@ -249,9 +249,12 @@ def open_own(name: str) -> int:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise
         raise LayoutMismatch(f"the segment cannot be opened: {error.strerror}") from error
-    if not is_own_file(os.fstat(fd)) or not memory.is_tmpfs(fd):
+    try:
+        if not is_own_file(os.fstat(fd)) or not memory.is_tmpfs(fd):
+            raise LayoutMismatch("the segment is not a regular file of this user on a tmpfs")
+    except BaseException:
         os.close(fd)
-        raise LayoutMismatch("the segment is not a regular file of this user on a tmpfs")
+        raise
     return fd
 
 

@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -142,10 +142,13 @@ class Kept:
         self._queue: queue.SimpleQueue[tuple[torch.cuda.Event | None, object]] = queue.SimpleQueue()
         self._letting_go = threading.Lock()
         self._ending = False
+        try:
+            threading.Thread(target=self._run, name="tensorferry-copied", daemon=True).start()
+        except RuntimeError:
+            if threading.main_thread().is_alive():  # else the interpreter ends: nothing is let go of any more
+                raise
         # In a forked child the thread is not there, and what it held it holds for ever.
         atexit.register(self._end, os.getpid())
-        with suppress(RuntimeError):  # the interpreter ends already: nothing is let go of any more
-            threading.Thread(target=self._run, name="tensorferry-copied", daemon=True).start()
 
     def keep(self, done: torch.cuda.Event, source: object) -> None:
         """Keep `source` until `done` has happened, and no longer. Returns at once."""

@@ -49,6 +49,8 @@ _READ_AT_AN_END = 64  # rounds
 _CONNECTION_OUTLIVES_PEER = 0.3  # seconds without anything new from a dead peer
 _PUMP_MAY_TAKE = 10.0
 _CLOSE_MAY_TAKE = 1.0  # seconds beside `linger`
+_GOODBYE_MAY_TAKE = 0.1  # seconds for it to go out, where `linger` is over
+_LAST_WORDS = 2  # messages: an acknowledgement and the goodbye
 _SUSPECT_FOR, _SUSPECT_NAP = 1.0, 0.01
 
 
@@ -98,28 +100,33 @@ class Exchange:
         self._abandoned.detach()
         self.wire.wake()
         deadline = time.monotonic() + self.config.linger
-        self.sender.outbound.flush(self.config.linger)
-        # With a limit, since an interrupt (Ctrl-C) may have taken the lock and never given it back.
-        held = self._pumping.acquire(timeout=_PUMP_MAY_TAKE)
-        try:
+        with ExitStack() as parts:  # each of them, the last one first, whatever another raises
+            parts.callback(self._close_wire, deadline)
+            parts.callback(self.receiver.close)
+            parts.callback(self.sender.outbound.close)
+            parts.callback(self._say_goodbye)
+            # With a limit, since an interrupt (Ctrl-C) may have taken the lock and never given it back.
+            if self._pumping.acquire(timeout=_PUMP_MAY_TAKE):
+                parts.callback(self._pumping.release)
+            self.sender.outbound.flush(self.config.linger)
             self._await_readers(deadline)
-            for link in self.roster.links():
-                link.acknowledge()
-                link.tell(Goodbye(link.peer.link))
-                self._finish(link, "was left: this endpoint closed")
-            self.sender.outbound.close()
-            self.receiver.close()
-            self.wire.close()
-        finally:
-            if held:
-                self._pumping.release()
+
+    def _say_goodbye(self) -> None:
+        for link in self.roster.links():
+            link.acknowledge()
+            link.tell(Goodbye(link.peer.link))
+            self._finish(link, "was left: this endpoint closed")
+
+    def _close_wire(self, deadline: float) -> None:
+        least = min(self.config.linger, _GOODBYE_MAY_TAKE)
+        self.wire.close(max(least, deadline - time.monotonic()))
 
     def _await_readers(self, deadline: float) -> None:
         """Until what no peer has taken yet can all lie at its side.
 
         zmq over there reads no more than that ahead, and of a connection that ends it reads no more at all.
         """
-        while behind := [link for link in self.roster.links() if link.unacknowledged > READ_AHEAD]:
+        while behind := [link for link in self.roster.links() if link.unread > READ_AHEAD - _LAST_WORDS]:
             left = deadline - time.monotonic()
             if left <= 0:
                 for link in behind:
@@ -127,8 +134,9 @@ class Exchange:
                         "closed before it was read (raise linger to wait longer): %s", link.overdue()
                     )
                 return
-            self.wire.wait(left)
+            self.wire.wait(min(left, _SUSPECT_NAP if self._suspects else self.looks_every))
             self._read_all()
+            self._look_for_the_gone()
 
     # ------------------------------------------------------------------ waiting
 
@@ -188,17 +196,10 @@ class Exchange:
                 return
             for arrived in self.wire.drain(_DRAIN):
                 self._handle(arrived)
-            if self._successors:
-                self._read_all()
-            while self._successors:
-                self._greet(*self._successors.pop(0), replacing=True)
-            for socket in self.wire.lost():
-                self._suspects[socket] = time.monotonic() + _SUSPECT_FOR
-            if self._suspects:
-                self._examine()
-            if self._is_time_to_look():
-                self._look_for_the_dead()
+            if self._look_for_the_gone():
                 self._announce_changes()
+            if self._successors:
+                self._greet_successors()
         finally:
             self._pumping.release()
         if not taking:
@@ -279,6 +280,7 @@ class Exchange:
                 reason = self.roster.taken(holder)
             elif holder is not None and not replacing:  # what the dead one sent may lie behind this greeting
                 self._successors.append((route, greeting))
+                self.wire.wake()
                 return
             else:
                 if holder is not None:
@@ -291,6 +293,17 @@ class Exchange:
         link, welcome = self.roster.welcome(route, greeting)
         self._post(route, welcome)
         self._begin(link)
+
+    def _greet_successors(self) -> None:
+        """Those whose names the dead have, once nothing more comes of these."""
+        self._read_all()
+        waiting, self._successors = self._successors, []
+        for route, hello in waiting:
+            holder = self.roster.named(hello.name)
+            if holder is None or not holder.reachable() or self._is_silent(holder):
+                self._greet(route, hello, replacing=True)
+            else:
+                self._successors.append((route, hello))
 
     def _answered(self, route: Route, answer: Welcome | Refused) -> None:
         nonce, answered = self._dialling.get(route.socket, (None, None))
@@ -341,6 +354,17 @@ class Exchange:
 
     # ------------------------------------------------------------------ who left
 
+    def _look_for_the_gone(self) -> bool:
+        """Find the links whose connection ended, and where it is time those of the dead; whether it was."""
+        for socket in self.wire.lost():
+            self._suspects[socket] = time.monotonic() + _SUSPECT_FOR
+        if self._suspects:
+            self._examine()
+        if time.monotonic() - self._looked < self.looks_every:
+            return False
+        self._look_for_the_dead()
+        return True
+
     def _examine(self) -> None:
         """A connection ended on some sockets: find out whose, after reading what it still sent."""
         now = time.monotonic()
@@ -370,7 +394,7 @@ class Exchange:
 
         A child of theirs may keep the connection.
         """
-        self._looked = now = time.monotonic()
+        self._looked = time.monotonic()
         for link in self.roster.links():
             fault = self._fault(link)
             if fault:
@@ -379,12 +403,13 @@ class Exchange:
                 self._finish(link, f"is not reached: {fault}")
             elif not (death := self._death(link)):
                 self._dead_since.pop(link.peer.link, None)
-            elif self._is_silent(link, now):
+            elif self._is_silent(link):
                 self._finish(link, f"died: {death}")
 
-    def _is_silent(self, link: Link, now: float) -> bool:
+    def _is_silent(self, link: Link) -> bool:
         """Whether a dead peer's connection has brought nothing for so long that no more will come."""
         self._read_all()
+        now = time.monotonic()
         since, arrived = self._dead_since.get(link.peer.link, (now, link.arrived))
         if link.arrived != arrived:  # zmq reads on as it is emptied
             since = now
@@ -398,9 +423,6 @@ class Exchange:
         return self.sender.outbound.fault(link.peer) or next(
             (fault for inbound in inbounds if (fault := inbound.fault(link.peer))), ""
         )
-
-    def _is_time_to_look(self) -> bool:
-        return time.monotonic() - self._looked >= self.looks_every
 
     def _death(self, link: Link) -> str:
         """What tells that a peer is dead; "" when nothing does. /proc is asked where there is no lock."""

@@ -29,9 +29,13 @@ def _nothing() -> None:
 
 
 class _Sent(NamedTuple):
-    """A message that was sent and not acknowledged: `nbytes` of tensors, `queued` bytes on the wire."""
+    """A message that was sent and not acknowledged: `nbytes` of tensors, `queued` bytes on the wire.
+
+    place: how many messages, numbered or not, were posted in the link before it.
+    """
 
     number: int
+    place: int
     since: float
     nbytes: int
     queued: int
@@ -78,6 +82,7 @@ class Link:
         self._owed = self._owed_in_ring = 0  # bytes of messages that were taken and not acknowledged
         self._lock = threading.Lock()
         self._sent = 0
+        self._posted = 0  # messages of all kinds; roughly, as several threads count
         self._pinged = 0  # the number of the last ping
         self._unacknowledged: deque[_Sent] = deque()
         self._acknowledged = 0  # what the peer was told of `taken`
@@ -107,10 +112,10 @@ class Link:
             queued = weight(control, frames)
             if self._queued and self._queued + queued > self._window_bytes:
                 raise Full(f"{queued} bytes more would exceed max_queued_bytes; {self.overdue()}")
-            self._unacknowledged.append(_Sent(number, time.monotonic(), nbytes, queued, keeps))
+            self._unacknowledged.append(_Sent(number, self._posted, time.monotonic(), nbytes, queued, keeps))
             self._queued += queued
             try:
-                self._wire.post(self.route, control, frames)
+                self._post(control, frames)
             except BaseException as error:
                 self._unacknowledged.pop()
                 self._queued -= queued
@@ -132,7 +137,7 @@ class Link:
     def tell(self, message: wire_types.Control) -> bool:
         """Send a message without a number; whether it could be queued."""
         try:
-            self._wire.post(self.route, wire_types.encode(message))
+            self._post(wire_types.encode(message))
         except (Busy, Unreachable):
             return False
         return True
@@ -141,12 +146,16 @@ class Link:
         """Whether the connection is there, found out by repeating the last acknowledgement."""
         acknowledgement = wire_types.Acknowledgement(self.peer.link, self._acknowledged)
         try:
-            self._wire.post(self.route, wire_types.encode(acknowledgement))
+            self._post(wire_types.encode(acknowledgement))
         except Unreachable:
             return False
         except Busy:
             pass
         return True
+
+    def _post(self, control: bytes, frames: Sequence[Bytes] = ()) -> None:
+        self._wire.post(self.route, control, frames)
+        self._posted += 1
 
     def settle(self, number: int) -> None:
         """The peer took every message up to `number`."""
@@ -173,7 +182,7 @@ class Link:
         if (
             self._owed > self._patience
             or self._owed_in_ring > self._ring_patience
-            or number - self._acknowledged > _FEW
+            or self.taken - self._acknowledged > _FEW
         ):
             self.acknowledge()
 
@@ -213,6 +222,12 @@ class Link:
     @property
     def unacknowledged(self) -> int:
         return len(self._unacknowledged)
+
+    @property
+    def unread(self) -> int:
+        """Messages of all kinds that the peer may not have read; 0 when it took all numbered ones."""
+        entries = list(self._unacknowledged)
+        return self._posted - entries[0].place if entries else 0
 
     @property
     def oldest(self) -> float:

@@ -43,8 +43,8 @@ _LONGEST_IPC_PATH = 107
 _RECEIVE_QUEUE = 128  # messages of one peer that zmq itself keeps; what is unread beyond waits over there
 _NEVER = 10 * 86_400_000  # ms; with -1, which is never, zmq throws away what came and was not read yet
 _UNNUMBERED = 64  # messages without a number that may wait for one peer
-READ_AHEAD = _RECEIVE_QUEUE - _UNNUMBERED
-"""Numbered messages that a peer's zmq keeps before its endpoint looks at them."""
+READ_AHEAD = _RECEIVE_QUEUE // 2
+"""Messages that a peer's zmq surely reads before its endpoint looks: it goes on at the half of its queue."""
 _GONE = zmq.Event.DISCONNECTED | zmq.Event.CLOSED
 _TURNED_AWAY = (
     zmq.Event.HANDSHAKE_FAILED_AUTH
@@ -348,12 +348,15 @@ class Wire:
                 os.eventfd_read(self._event)
             return awake
 
-    def close(self) -> None:
+    def close(self, linger: float | None = None) -> None:
         """Close every socket; waits for what is still to be sent, for the linger time at most."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
+            if linger is not None:
+                for socket in self._sockets.values():
+                    socket.setsockopt(zmq.LINGER, int(linger * 1000))
             bound = [a for n, a in self._addresses.items() if n in self._sockets and a.startswith("ipc://")]
             routers = {self._addresses[number] for number in self._routers}
             for number in list(self._sockets):

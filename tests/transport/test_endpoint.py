@@ -6,15 +6,18 @@ import asyncio
 import os
 import re
 import select
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import transport
+from tests.crash.harness import running
 from transport.conformance import WAIT, Pumped, acknowledged, digest, joined, noise, same, serving
 
 FRAMES = transport.TransportConfig(backend="frames", timeout=WAIT)
@@ -478,3 +481,65 @@ def test_who_closes_does_not_wait_for_ever_and_says_what_was_not_read(
         front.wait_for_peers({"near"}, timeout=WAIT)
         leaving.result(WAIT)
     assert re.search(r"closed before it was read .* 'front' \(pid \d+\) .* 200 messages", caplog.text)
+
+
+def _answers_and_leaves(address: str, messages: list[int]) -> None:
+    config = transport.TransportConfig(backend="frames", max_queued_messages=200, linger=WAIT, timeout=WAIT)
+    with transport.connect(address, name="near", config=config, timeout=WAIT) as near:
+        for answers in messages:
+            near.receive()
+            time.sleep(0.5)  # until all has been sent, and the other side does nothing more
+            for _ in range(answers):
+                near.send({"n": near.receive(copy=True).body["n"]})
+
+
+@pytest.mark.parametrize("before", [20, 36, 52])
+def test_acknowledgements_count_among_what_the_other_side_reads_ahead(address: str, before: int) -> None:
+    """Each large message is acknowledged at once, so that the reader has two messages to read for each."""
+    config = transport.TransportConfig(backend="frames", max_queued_messages=200, timeout=WAIT)
+    with transport.listen(address, config=config) as front, ThreadPoolExecutor(1) as pool:
+        leaving = pool.submit(_answers_and_leaves, address, [before, 60])
+        front.wait_for_peers({"near"}, timeout=WAIT)
+        front.send({"go": "on"})
+        for number in range(before):  # zmq counts what it reads ahead from here
+            front.send({"n": number, "x": noise(300_000)})
+            assert front.receive().body == {"n": number}
+        front.send({"go": "on"})
+        for number in range(60):
+            front.send({"n": number, "x": noise(300_000)})
+        time.sleep(1.5)  # this endpoint is busy
+        assert [front.receive().body["n"] for _ in range(60)] == list(range(60))
+        leaving.result(WAIT)
+
+
+def _takes_one(address: str) -> None:
+    with transport.connect(address, name="near", config=FRAMES, timeout=WAIT) as near:
+        near.receive()
+        time.sleep(WAIT)
+
+
+def test_who_closes_does_not_wait_for_the_dead(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    config = transport.TransportConfig(backend="inline", max_queued_messages=200, timeout=WAIT, linger=WAIT)
+    with running(_takes_one, address) as near, transport.listen(address, config=config) as front:
+        front.wait_for_peers({"near"}, timeout=WAIT)
+        for number in range(200):
+            front.send({"number": number})
+        near.kill()
+    assert "closed before it was read" not in caplog.text
+
+
+def test_an_interrupted_close_gives_everything_back(address: str, short_path: Path) -> None:
+    config = transport.TransportConfig(backend="shm", max_queued_messages=200, timeout=WAIT, linger=WAIT)
+    front = transport.listen(address, config=config)
+    with running(_takes_one, address):
+        front.wait_for_peers({"near"}, timeout=WAIT)
+        for _ in range(200):
+            front.send({"x": noise(100_000)})
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                front.close()
+        finally:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    assert list(short_path.iterdir()) == []
