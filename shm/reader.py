@@ -245,7 +245,9 @@ class RingReader:
         word = at.C_HAZARD + handle.slot
         if self._words[word] != handle.generation:
             raise StaleHandle(f"slot {handle.slot} is open here in another generation")
-        lease = self._leases[handle.slot]
+        lease = self._leases.get(handle.slot)
+        if lease is None:  # somebody else wrote into this column
+            raise StaleHandle(f"slot {handle.slot} is marked as open here, and nothing opened it")
         view = lease()
         if view is not None:
             if (lease.offset, lease.nbytes) != (handle.offset, handle.nbytes):

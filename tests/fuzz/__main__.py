@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,8 @@ def in_child(name: str, options: list[str]) -> int:
         if not child:
             try:
                 fuzz(name, options, folder)
+            except BaseException:  # noqa: BLE001  # libFuzzer says what an input broke, but not this
+                traceback.print_exc()
             finally:
                 os._exit(1)  # who comes here has not fuzzed
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -99,9 +102,9 @@ def main() -> int:
         "-len_control=10",  # long inputs early: a conversation takes some bytes
         "-print_final_stats=1",
     ]
-    broken = [name for name in names if in_child(name, options)]
-    for name in broken:
-        print(f"{name} was broken: see above")
+    broken = {name: code for name in names if (code := in_child(name, options))}
+    for name, code in broken.items():
+        print(f"{name} was broken (its process ended with {code}): see above")
     return 1 if broken else 0
 
 

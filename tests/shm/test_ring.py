@@ -89,6 +89,17 @@ def test_a_forged_handle_opens_nothing_and_leaves_nothing(field: str, by: int) -
         assert reader.open(record.handle) is view
 
 
+def test_a_hazard_that_this_process_did_not_write_is_no_view() -> None:
+    """Whoever maps the segment can write into any column."""
+    with ring() as (writer, reader):
+        record = send(writer, 4096)
+        reader._words[at.C_HAZARD + record.slot] = record.generation
+        with pytest.raises(StaleHandle, match="nothing opened it"):
+            reader.open(record.handle)
+        reader._words[at.C_HAZARD + record.slot] = 0
+        assert np.array_equal(reader.open(record.handle), pattern(1, 4096))
+
+
 def test_a_handle_outlives_neither_its_record_nor_its_slot() -> None:
     with ring(slots=8) as (writer, reader):
         old = send(writer, 64)
