@@ -278,6 +278,9 @@ class Dispatcher:
                 self._lose(rank, rank.workers[0], f"got a request only in part: {error}")
             if rank.gone:
                 return False
+            if isinstance(error, transport.PeerGone):  # it is back already, or the next look finds it gone
+                self._receive(_LOOK_EVERY)
+                return False
             job.fail(f"could not be sent to {rank}: {error}")
             return True
         job.tensors = []
