@@ -34,6 +34,11 @@ class Extents:
 
     def allocate(self, nbytes: int, alignment: int) -> int | None:
         """The lowest address, a multiple of `alignment`, with that many free bytes; None without one."""
+        found = self.find(nbytes, alignment)
+        return None if found is None else self.take(found, nbytes, alignment)
+
+    def find(self, nbytes: int, alignment: int) -> int | None:
+        """The free extent that `allocate` would cut, by its start."""
         sizes = self._size
         found = -1
         for kind in self._large_enough(nbytes):
@@ -43,7 +48,18 @@ class Extents:
                 if -start % alignment + nbytes <= sizes[start]:
                     found = start
                     break
-        return None if found < 0 else self._cut(found, nbytes, alignment)
+        return None if found < 0 else found
+
+    def take(self, start: int, nbytes: int, alignment: int) -> int:
+        """Cut the free extent that begins at `start`, as `find` has found it; the address."""
+        address = start + -start % alignment
+        self.free -= nbytes
+        end = start + self._remove(start)
+        if start < address:
+            self._insert(start, address - start)
+        if address + nbytes < end:
+            self._insert(address + nbytes, end - address - nbytes)
+        return address
 
     def release(self, start: int, nbytes: int) -> None:
         """Give a range back; it merges with free neighbours."""
@@ -82,16 +98,6 @@ class Extents:
         if occupied & 1:
             kinds.append(smallest)
         return kinds
-
-    def _cut(self, start: int, nbytes: int, alignment: int) -> int:
-        address = start + -start % alignment
-        self.free -= nbytes
-        end = start + self._remove(start)
-        if start < address:
-            self._insert(start, address - start)
-        if address + nbytes < end:
-            self._insert(address + nbytes, end - address - nbytes)
-        return address
 
     def _insert(self, start: int, nbytes: int) -> None:
         kind = _kind(nbytes)

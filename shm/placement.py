@@ -67,15 +67,7 @@ class Placement:
 
     def place(self, sizes: Sequence[int]) -> list[int]:
         """Addresses for records of all these sizes. `RingFull` or `NoSpace`, and nothing is taken."""
-        offsets = self._allocate(sizes)
-        if offsets is not None and _end(offsets, sizes) <= self.highest:
-            return offsets
-        while offsets is None or self._is_cold(offsets, sizes):
-            if not self._look():
-                break
-            if offsets is not None:
-                self._take_back(offsets, sizes)
-            offsets = self._allocate(sizes)
+        offsets = self._place_one(sizes[0]) if len(sizes) == 1 else self._place_all(sizes)
         if offsets is None:
             what = "hole" if self._extents.free >= sum(sizes) else "bytes"
             raise RingFull(f"no room for {memory.human(sum(sizes))}", what=what)
@@ -111,31 +103,45 @@ class Placement:
         if self._ahead is not None:
             self._ahead.join(10)
 
+    def _place_one(self, nbytes: int) -> list[int] | None:
+        """One is taken where it stays: the first place of a large one is mostly cold, behind the last one's."""
+        extents, size, alignment = self._extents, *_taken(nbytes)
+        start = extents.find(size, alignment)
+        while start is None or self._is_cold(start + nbytes):
+            if not self._look():
+                break
+            start = extents.find(size, alignment)
+        return None if start is None else [extents.take(start, size, alignment)]
+
+    def _place_all(self, sizes: Sequence[int]) -> list[int] | None:
+        offsets = self._allocate(sizes)
+        while offsets is None or self._is_cold(_end(offsets, sizes)):
+            if not self._look():
+                break
+            if offsets is not None:
+                self._take_back(offsets, sizes)
+            offsets = self._allocate(sizes)
+        return offsets
+
     def _allocate(self, sizes: Sequence[int]) -> list[int] | None:
-        if len(sizes) == 1:
-            offset = self._allocate_one(sizes[0])
-            return None if offset is None else [offset]
         offsets = [-1] * len(sizes)
         # The largest first: pages beside pages, so that what fits by its sum fits an empty ring.
         for index in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
-            offset = self._allocate_one(sizes[index])
+            offset = self._extents.allocate(*_taken(sizes[index]))
             if offset is None:
                 self._take_back(offsets, sizes)
                 return None
             offsets[index] = offset
         return offsets
 
-    def _allocate_one(self, nbytes: int) -> int | None:
-        return self._extents.allocate(nbytes + -nbytes % _LINE, _PAGE if nbytes >= _SMALL else _LINE)
-
     def _take_back(self, offsets: Sequence[int], sizes: Sequence[int]) -> None:
         for offset, nbytes in zip(offsets, sizes, strict=True):
             if offset >= 0:
                 self.give_back(offset, nbytes)
 
-    def _is_cold(self, offsets: Sequence[int], sizes: Sequence[int]) -> bool:
-        """Whether these addresses, and others since the last look, are above the highest byte used."""
-        above = _end(offsets, sizes) - self.highest
+    def _is_cold(self, end: int) -> bool:
+        """Whether with what ends there enough was placed above the highest byte used, since the last look."""
+        above = end - self.highest
         if above <= 0:
             return False
         self._cold += above
@@ -184,6 +190,11 @@ class Placement:
         self.limit = int(mark * self._share)
         self._extents.drop_above(mark)
         self.check(sizes)
+
+
+def _taken(nbytes: int) -> tuple[int, int]:
+    """The bytes that a record takes, and their alignment."""
+    return nbytes + -nbytes % _LINE, _PAGE if nbytes >= _SMALL else _LINE
 
 
 def _end(offsets: Sequence[int], sizes: Sequence[int]) -> int:
