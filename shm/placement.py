@@ -104,7 +104,7 @@ class Placement:
             self._ahead.join(10)
 
     def _place_one(self, nbytes: int) -> list[int] | None:
-        """One is taken where it stays: the first place of a large one is mostly cold, behind the last one's."""
+        """One is taken where it stays: a large one's first place is mostly cold, behind the last one's."""
         extents, size, alignment = self._extents, *_taken(nbytes)
         start = extents.find(size, alignment)
         while start is None or self._is_cold(start + nbytes):

@@ -35,6 +35,9 @@ class TransportConfig:
     ring_bytes: int = _option(
         1 << 30, "size of the shared-memory ring; pages are taken as it fills", least=1 << 16
     )
+    ring_step_bytes: int = _option(
+        16 << 20, "pages of the ring are taken in steps of so much, one step ahead", least=4096
+    )
     inline_below: int = _option(
         65536, "auto: tensors smaller than this travel in the control message", least=0
     )

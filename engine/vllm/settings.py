@@ -18,6 +18,8 @@ from transport import TransportConfig
 
 KEY = "tensorferry"
 _RING_BYTES = 2 << 30  # two prompts of 32 images of 1 megapixel in float32, as vLLM keeps the last one
+# An image is larger. Steps of the usual size would keep up to two of them reserved beyond what is needed.
+_RING_STEP_BYTES = 1 << 20
 _FIXED = {"backend", "trace", "insecure"}  # vLLM's own path is what the ring is not
 
 
@@ -56,7 +58,11 @@ def settings_of(additional_config: object, *, engines: int = 1) -> Settings | No
     if not isinstance(copy_above, int | float) or not 0 <= copy_above <= 1:
         raise ValueError(f"{KEY}: copy_above must be from 0 to 1, not {copy_above!r}")
     # Of several engines a stopped one must not have the whole ring; a single one may.
-    defaults: dict[str, Any] = {"ring_bytes": _RING_BYTES, "peer_share": 1.0 if engines == 1 else 0.5}
+    defaults: dict[str, Any] = {
+        "ring_bytes": _RING_BYTES,
+        "ring_step_bytes": _RING_STEP_BYTES,
+        "peer_share": 1.0 if engines == 1 else 0.5,
+    }
     return Settings(TransportConfig(**{**defaults, **options}, backend="shm"), float(copy_above))
 
 

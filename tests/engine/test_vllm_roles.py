@@ -113,6 +113,17 @@ def test_a_tensor_goes_through_the_ring_and_its_bytes_are_free_with_its_last_vie
     assert front.counts.rows() == [(counts.FRONT, "ring", 1, sent.nbytes)]
 
 
+def test_a_ring_takes_hardly_more_memory_than_the_images_need(keeping: tuple[Front, Core]) -> None:
+    front, core = keeping
+    sent = [image(seed, shape=(1024, 1176)) for seed in range(5)]
+    with front.sending_to(ENGINE, sent):
+        metas = [front.lend(tensor) for tensor in sent]
+    got = [provide(core, meta, (1024, 1176)) for meta in metas]
+    assert all(map(torch.equal, got, sent))
+    needed = sum(tensor.nbytes for tensor in sent)
+    assert needed <= front.endpoint.statistics()["backend"]["ring"].mark <= needed + (2 << 20)
+
+
 def test_slices_of_one_storage_are_records_of_their_own(pair: tuple[Front, Core]) -> None:
     front, core = pair
     prompt = image(shape=(4 * 512, 1176))

@@ -176,6 +176,7 @@ class ShmOutbound(Outbound):
                     slots=config.max_tensors,
                     columns=config.max_readers,
                     share=config.peer_share,
+                    growth=config.ring_step_bytes,
                     trace=ring_trace(config),
                     watch=registration.rings.watch,
                 )
