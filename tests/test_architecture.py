@@ -44,7 +44,7 @@ RANKS: dict[str, list[set[str]]] = {
         {"bulk.hub"},
         {"backends.cuda", "backends.tcp"},
         {"backends.auto", "roster"},
-        {"lateness", "received"},
+        {"departures", "lateness", "received"},
         {"sending"},
         {"receiving"},
         {"exchange"},

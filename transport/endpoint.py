@@ -323,7 +323,7 @@ class Endpoint:
                     await asyncio.sleep(_MOMENT)
                     continue
                 try:
-                    await asyncio.wait_for(came.wait(), min(left, self._exchange.looks_every))
+                    await asyncio.wait_for(came.wait(), min(left, self._exchange.departures.looks_every))
                 except TimeoutError:
                     continue
         finally:

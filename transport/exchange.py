@@ -21,6 +21,7 @@ from transport import message as wire_types
 from transport import registry
 from transport.backends.base import Inbound, Outbound, Proof, Refusal
 from transport.config import TransportConfig
+from transport.departures import Departures
 from transport.errors import Closed, ProtocolError
 from transport.link import Link
 from transport.message import (
@@ -42,16 +43,12 @@ from transport.wire import READ_AHEAD, Arrived, Busy, Route, Unreachable, Wire
 
 _log = logging.getLogger("tensorferry.transport")
 
-_LOOK_EVERY = 0.5
-_LOOK_AT_THE_DEAD_EVERY = 0.1
 _DRAIN = 64
 _READ_AT_AN_END = 64  # rounds
-_CONNECTION_OUTLIVES_PEER = 0.3  # seconds without anything new from a dead peer
 _PUMP_MAY_TAKE = 10.0
 _CLOSE_MAY_TAKE = 1.0  # seconds beside `linger`
 _GOODBYE_MAY_TAKE = 0.1  # seconds for it to go out, where `linger` is over
 _LAST_WORDS = 2  # messages: an acknowledgement and the goodbye
-_SUSPECT_FOR, _SUSPECT_NAP = 1.0, 0.01
 
 
 class Exchange:
@@ -75,9 +72,16 @@ class Exchange:
         self.closed = False
         self._pid = os.getpid()
         self._dialling: dict[int, tuple[int, Welcome | Refused | None]] = {}
-        self._suspects: dict[int, float] = {}
-        self._dead_since: dict[int, tuple[float, int]] = {}  # and the last number that came, by link
-        self._looked = 0.0
+        self.departures = Departures(
+            self.wire,
+            self.roster,
+            outbound,
+            inbounds,
+            dialling=self._dialling,
+            read_all=self._read_all,
+            finish=self._finish,
+            fail=self._fail,
+        )
         self._successors: list[tuple[Route, Hello]] = []  # of the dead, by name, who greeted
         self._announced: set[int] = set()
         self._pumping = threading.Lock()
@@ -134,9 +138,9 @@ class Exchange:
                         "closed before it was read (raise linger to wait longer): %s", link.overdue()
                     )
                 return
-            self.wire.wait(min(left, _SUSPECT_NAP if self._suspects else self.looks_every))
+            self.wire.wait(min(left, self.departures.nap))
             self._read_all()
-            self._look_for_the_gone()
+            self.departures.look()
 
     # ------------------------------------------------------------------ waiting
 
@@ -148,12 +152,7 @@ class Exchange:
     def wait(self, left: float) -> None:
         """Sleep until something may have come, `left` seconds at most, or until it is time to look."""
         self.acknowledge()
-        self.wire.wait(min(left, _SUSPECT_NAP if self._suspects else self.looks_every))
-
-    @property
-    def looks_every(self) -> float:
-        """Seconds from one look for dead peers to the next: a death is noticed within one second."""
-        return _LOOK_AT_THE_DEAD_EVERY if self._dead_since else _LOOK_EVERY
+        self.wire.wait(min(left, self.departures.nap))
 
     def acknowledge(self) -> None:
         """Tell every peer what was taken; before sleeping, since nothing else may go there soon."""
@@ -170,7 +169,7 @@ class Exchange:
             while True:
                 self.pump()
                 answer = self._dialling[number][1]
-                if answer is not None or self._suspects.pop(number, None) is not None:
+                if answer is not None or self.departures.has_failed(number):
                     break
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -196,7 +195,7 @@ class Exchange:
                 return
             for arrived in self.wire.drain(_DRAIN):
                 self._handle(arrived)
-            if self._look_for_the_gone():
+            if self.departures.look():
                 self._announce_changes()
             if self._successors:
                 self._greet_successors()
@@ -276,7 +275,7 @@ class Exchange:
         reason = self.roster.judge(greeting)
         if isinstance(greeting, Hello) and not reason:
             holder = self.roster.named(greeting.name)
-            if holder is not None and self._lives(holder):
+            if holder is not None and self.departures.is_alive(holder):
                 reason = self.roster.taken(holder)
             elif holder is not None and not replacing:  # what the dead one sent may lie behind this greeting
                 self._successors.append((route, greeting))
@@ -300,7 +299,7 @@ class Exchange:
         waiting, self._successors = self._successors, []
         for route, hello in waiting:
             holder = self.roster.named(hello.name)
-            if holder is None or not holder.reachable() or self._is_silent(holder):
+            if holder is None or not holder.reachable() or self.departures.is_silent(holder):
                 self._greet(route, hello, replacing=True)
             else:
                 self._successors.append((route, hello))
@@ -352,34 +351,6 @@ class Exchange:
         with suppress(Unreachable, Busy):  # who asked is gone already
             self.wire.post(route, wire_types.encode(message))
 
-    # ------------------------------------------------------------------ who left
-
-    def _look_for_the_gone(self) -> bool:
-        """Find the links whose connection ended, and where it is time those of the dead; whether it was."""
-        for socket in self.wire.lost():
-            self._suspects[socket] = time.monotonic() + _SUSPECT_FOR
-        if self._suspects:
-            self._examine()
-        if time.monotonic() - self._looked < self.looks_every:
-            return False
-        self._look_for_the_dead()
-        return True
-
-    def _examine(self) -> None:
-        """A connection ended on some sockets: find out whose, after reading what it still sent."""
-        now = time.monotonic()
-        for socket, until in list(self._suspects.items()):
-            if socket in self._dialling:
-                continue
-            links = self.roster.on(socket)
-            gone = [link for link in links if _is_one_peer(link) or not link.reachable()]
-            if gone:
-                self._read_all()
-            for link in gone:
-                self._finish(link, "is gone: the connection ended")
-            if now > until or not links:
-                self._suspects.pop(socket, None)
-
     def _read_all(self) -> None:
         # Not for ever: on a socket that serves several, somebody else may go on sending.
         for _ in range(_READ_AT_AN_END):
@@ -389,53 +360,13 @@ class Exchange:
             if not came:
                 return
 
-    def _look_for_the_dead(self) -> None:
-        """Peers whose kernel lock is free or whose process has ended are dead.
+    # ------------------------------------------------------------------ the ends of links
 
-        A child of theirs may keep the connection.
-        """
-        self._looked = time.monotonic()
-        for link in self.roster.links():
-            fault = self._fault(link)
-            if fault:
-                self._drop("bulk connection failed")
-                link.tell(Goodbye(link.peer.link, fault[:500]))
-                self._finish(link, f"is not reached: {fault}")
-            elif not (death := self._death(link)):
-                self._dead_since.pop(link.peer.link, None)
-            elif self._is_silent(link):
-                self._finish(link, f"died: {death}")
-
-    def _is_silent(self, link: Link) -> bool:
-        """Whether a dead peer's connection has brought nothing for so long that no more will come."""
-        self._read_all()
-        now = time.monotonic()
-        since, arrived = self._dead_since.get(link.peer.link, (now, link.arrived))
-        if link.arrived != arrived:  # zmq reads on as it is emptied
-            since = now
-        if not link.ended:
-            self._dead_since[link.peer.link] = since, link.arrived
-        return now - since > _CONNECTION_OUTLIVES_PEER
-
-    def _fault(self, link: Link) -> str:
-        """Why a backend cannot bring its tensors there, or has lost some of its."""
-        inbounds = self.receiver.inbounds.values()
-        return self.sender.outbound.fault(link.peer) or next(
-            (fault for inbound in inbounds if (fault := inbound.fault(link.peer))), ""
-        )
-
-    def _death(self, link: Link) -> str:
-        """What tells that a peer is dead; "" when nothing does. /proc is asked where there is no lock."""
-        locks = [self.sender.outbound.alive(link.peer)]
-        locks += [inbound.alive(link.peer) for inbound in self.receiver.inbounds.values()]
-        if False in locks:
-            return "its lock is free"
-        if True in locks or link.process is None or link.process.runs():
-            return ""
-        return "its process has ended"
-
-    def _lives(self, link: Link) -> bool:
-        return not self._death(link) and link.reachable()
+    def _fail(self, link: Link, fault: str) -> None:
+        """A backend's tensors do not get there, or were lost."""
+        self._drop("bulk connection failed")
+        link.tell(Goodbye(link.peer.link, fault[:500]))
+        self._finish(link, f"is not reached: {fault}")
 
     def _finish(self, link: Link, reason: str) -> None:
         """The link has ended: let go of everything that it kept."""
@@ -443,11 +374,11 @@ class Exchange:
             return
         self.config.emit("link.ended", peer=link.peer.name, reason=reason)
         self.roster.remove(link, reason)
-        self._dead_since.pop(link.peer.link, None)
+        self.departures.forget(link)
         self.sender.forget(link)
         if not link.waiting:
             self.receiver.forget(link)
-        if _is_one_peer(link):
+        if link.peer.dialled:
             self.wire.hang_up(link.route.socket)
         self.wire.wake()
 
@@ -482,8 +413,3 @@ def _abandon(
     except RuntimeError:  # there can be no more threads
         close()
     closed.acquire(timeout=linger + _CLOSE_MAY_TAKE)
-
-
-def _is_one_peer(link: Link) -> bool:
-    """Whether this endpoint dialled the link, so that its socket serves nobody else."""
-    return not link.route.identity
