@@ -129,6 +129,12 @@ def test_what_is_not_sent_is_given_back(front: transport.Endpoint, near: Pumped,
     assert front.statistics()["backend"]["detours"] == {}
 
 
+@pytest.mark.usefixtures("near")
+def test_a_loan_that_was_not_entered_is_refused_with_what_to_do(front: transport.Endpoint) -> None:
+    with pytest.raises(TypeError, match=r"body\['x'\]: cannot send .* what `with … as tensor:` gives"):
+        front.send({"x": front.loan((4,), torch.uint8)}, to="near")
+
+
 def test_a_view_keeps_a_loan(front: transport.Endpoint, near: Pumped) -> None:
     with front.loan((2 * MIB,), torch.uint8) as out:
         view = out[5:9]
