@@ -291,7 +291,7 @@ class Wire:
         for _ in range(most):
             if not _readable(socket):
                 return
-            parts = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            parts = _receive(socket)
             arrived.append(_unpack(number, routed, parts, self._config.max_tensors))
         self.wake()
 
@@ -374,6 +374,14 @@ class Wire:
 
 def _readable(socket: zmq.Socket[bytes]) -> bool:
     return bool(socket.getsockopt(zmq.EVENTS) & _POLLIN)  # type: ignore[operator]  # typed for all options
+
+
+def _receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame]:
+    """The next message. `recv_multipart` asks the socket after every part what the part itself says."""
+    parts = [socket.recv(zmq.NOBLOCK, copy=False)]
+    while parts[-1].more:
+        parts.append(socket.recv(zmq.NOBLOCK, copy=False))
+    return parts
 
 
 def _unpack(number: int, routed: bool, parts: Sequence[zmq.Frame], most: int) -> Arrived:
