@@ -113,7 +113,7 @@ def main(
     if figures is not None and benchmark.draw is not None:
         figures.mkdir(parents=True, exist_ok=True)
         good = [result for result in results if result.failure is None]
-        for drawn in benchmark.draw(good, figures, _caption(surroundings, good)):
+        for drawn in benchmark.draw(good, figures, _caption(name, surroundings, good)):
             console.print(f"wrote {drawn}")
     sys.exit(1 if report.failures(results) or benchmark.wrong(results) else 0)
 
@@ -122,13 +122,13 @@ def _merged(measured: Sequence[Sequence[Result]], every: Sequence[Row]) -> list[
     return report.in_order(report.merge(measured), every)
 
 
-def _caption(surroundings: Mapping[str, str], results: Sequence[Result]) -> str:
+def _caption(name: str, surroundings: Mapping[str, str], results: Sequence[Result]) -> str:
     """What must stand beside every figure, in one line."""
     counts = sorted({len(result.outcomes) for result in results})
     rounds = f"{counts[0]} to {counts[-1]} rounds" if len(counts) > 1 else f"{counts[0]} rounds"
     kernel = surroundings["kernel"].partition("-")[0]
     where = f"{surroundings['cpu']}, {surroundings['cores']} cores, Linux {kernel}"
-    return f"{where}; {rounds}, {surroundings['date'][:10]}; python -m bench"
+    return f"{where}; {rounds}, {surroundings['date'][:10]}; python -m bench {name}"
 
 
 def _list(console: Console) -> None:
