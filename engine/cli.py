@@ -111,12 +111,12 @@ class _Outcome:
     ranks: list[RankStatus] = field(default_factory=list)
     statistics: Statistics | None = None
     error: str = ""
-    interrupted: bool = False
+    interrupted: int = 0  # the exit code for that
 
     @property
     def exit_code(self) -> int:
         if self.interrupted:
-            return _INTERRUPTED
+            return self.interrupted
         return _FAILED if self.error or any(result.error for result in self.results) else 0
 
 
@@ -163,8 +163,8 @@ def _encode(config: EngineConfig, files: list[Path]) -> _Outcome:
                     signals.check()
             except EngineError as error:
                 outcome.error = str(error)
-            except KeyboardInterrupt:
-                outcome.interrupted = True
+            except KeyboardInterrupt as interrupt:
+                outcome.interrupted = signals.exit_code(interrupt)
             outcome.ranks = engine.peers
     outcome.statistics = engine.statistics()
     return outcome
@@ -181,17 +181,26 @@ def _write(outcome: _Outcome, config: EngineConfig, json_file: Path | None, outp
     from engine.output import write_json, write_tensors
 
     assert outcome.statistics is not None
-    if json_file is not None:
-        write_json(
-            json_file,
-            outcome.results,
-            config={item.name: getattr(config, item.name) for item in options_of(EngineConfig)},
-            statistics=outcome.statistics,
-            ranks=outcome.ranks,
-            error="interrupted" if outcome.interrupted else outcome.error,
-        )
-    if output is not None:
-        write_tensors(output, outcome.results)
+    failed = []
+    try:
+        if output is not None:
+            write_tensors(output, outcome.results)
+    except OutputError as error:  # the other file is not lost with it
+        failed.append(str(error))
+    try:
+        if json_file is not None:
+            write_json(
+                json_file,
+                outcome.results,
+                config={item.name: getattr(config, item.name) for item in options_of(EngineConfig)},
+                statistics=outcome.statistics,
+                ranks=outcome.ranks,
+                error="interrupted" if outcome.interrupted else outcome.error,
+            )
+    except OutputError as error:
+        failed.append(str(error))
+    if failed:
+        raise OutputError("; ".join(failed))
 
 
 def _show(outcome: _Outcome) -> None:
@@ -225,7 +234,7 @@ def _say(message: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code: 0, 1 something failed, 2 wrong usage, 130 interrupted."""
+    """Run the command line; the exit code: 0, 1 something failed, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM."""
     signals.install()
     try:
         code = tensorferry.main(arguments, prog_name="tensorferry", standalone_mode=False)
@@ -238,9 +247,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         _say(str(error))
         return _USAGE
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
         _say("interrupted")
-        return _INTERRUPTED
+        return signals.exit_code(error) if isinstance(error, KeyboardInterrupt) else _INTERRUPTED
     except EngineError as error:
         _say(str(error))
         return _FAILED

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from engine.errors import OutputError
@@ -29,8 +31,11 @@ def check_target(path: Path, *, suffixes: Sequence[str] = ()) -> None:
         raise OutputError(f"{path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path}: the folder {path.parent} is not writable")
+    if _is_special(path):
+        if not os.access(path, os.W_OK):
+            raise OutputError(f"{path} is not writable")
+    elif not os.access(path.resolve().parent, os.W_OK):
+        raise OutputError(f"{path}: the folder {path.resolve().parent} is not writable")
 
 
 def write_json(
@@ -50,7 +55,7 @@ def write_json(
         "ranks": [asdict(rank) for rank in ranks],
         "config": dict(config),
     }
-    text = json.dumps(document, indent=2, allow_nan=True) + "\n"
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -64,10 +69,20 @@ def _as_json(result: Result) -> dict[str, Any]:
         "seconds": result.seconds,
         "rank": result.rank,
         "error": result.error,
-        "norm": result.norm,
+        "norm": None if result.norm is None else _finite(result.norm),
         "text": result.text,
-        "embedding": None if result.embedding is None else result.embedding.tolist(),
+        "embedding": None if result.embedding is None else _numbers(result.embedding),
     }
+
+
+def _numbers(embedding: torch.Tensor) -> list[float | None]:
+    numbers: list[float | None] = embedding.tolist()
+    return numbers if embedding.isfinite().all() else list(map(_finite, embedding.tolist()))
+
+
+def _finite(number: float) -> float | None:
+    """The number; None for those that JSON has no word for."""
+    return number if math.isfinite(number) else None
 
 
 def write_tensors(path: Path, results: Sequence[Result]) -> None:
@@ -80,6 +95,12 @@ def write_tensors(path: Path, results: Sequence[Result]) -> None:
     good = [result for result in results if result.embedding is not None]
     embeddings = [result.embedding for result in good if result.embedding is not None]
     grids = [result.grid for result in good if result.grid is not None]
+    for result, embedding in zip(good, embeddings, strict=True):
+        if embedding.shape != embeddings[0].shape:
+            raise OutputError(
+                f"{path} can't be written: the embedding of {result.name} has {embedding.numel()} numbers,"
+                f" that of {good[0].name} {embeddings[0].numel()}; --json takes both"
+            )
     tensors = {
         "embeddings": torch.stack(embeddings).float() if embeddings else torch.empty(0, 0),
         "index": torch.tensor([result.index for result in good], dtype=torch.int64),
@@ -97,8 +118,21 @@ def write_tensors(path: Path, results: Sequence[Result]) -> None:
         _replace(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def _replace(path: Path, write: Any) -> None:
-    """Write beside the file and take its place at once: nobody ever sees half of it."""
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the file and take its place at once: nobody ever sees half of it.
+
+    What a symbolic link points to is replaced, not the link; into a device or a pipe it is written.
+    """
+    try:
+        if _is_special(path):
+            write(path)
+        else:
+            _write_beside(path.resolve(), write)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path} can't be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _write_beside(path: Path, write: Callable[[Path], object]) -> None:
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -108,8 +142,11 @@ def _replace(path: Path, write: Any) -> None:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp is stricter than what a new file usually is
         temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} can't be written: {error.strerror or error}") from error
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def _is_special(path: Path) -> bool:
+    """Whether something is there that is no file and must not be replaced by one: /dev/null, a pipe."""
+    return path.exists() and not path.is_file()

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 _noted: list[int] = []
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: everything ends as after Ctrl-C, with another exit code."""
+
+
+def exit_code(interrupt: KeyboardInterrupt) -> int:
+    """What a shell expects of who was ended by that signal."""
+    return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
+
+
 def install() -> None:
     """Handle SIGTERM like Ctrl-C, so that ranks are ended and rings removed; leave what is ignored alone."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -26,7 +35,7 @@ def install() -> None:
 
 
 def check() -> None:
-    """Raise now what a signal raised before, in case it got lost: `KeyboardInterrupt` or `SystemExit`."""
+    """Raise now what a signal raised before, in case it got lost: `KeyboardInterrupt` or `Terminated`."""
     if _noted:
         _raise(_noted[-1])
 
@@ -37,11 +46,9 @@ def _note(number: int, _frame: FrameType | None) -> None:
 
 
 def _unraisable(lost: UnraisableHookArgs) -> None:
-    if not (_noted and isinstance(lost.exc_value, KeyboardInterrupt | SystemExit)):
+    if not (_noted and isinstance(lost.exc_value, KeyboardInterrupt)):
         sys.__unraisablehook__(lost)
 
 
 def _raise(number: int) -> None:
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + number)
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated

@@ -8,7 +8,6 @@ import reprlib
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -71,9 +70,7 @@ def _python_value(obj: object) -> object:
         return value
     if isinstance(obj, complex):
         raise TypeError("cannot send a complex number; send it as a tensor, such as torch.tensor(value)")
-    if isinstance(obj, AbstractContextManager):  # a loan
-        raise TypeError(f"cannot send an object of type {name}; send what `with … as tensor:` gives")
-    raise TypeError(f"cannot send an object of type {name}")
+    raise TypeError(f"cannot send an object of type {name}{getattr(type(obj), 'instead', '')}")
 
 
 def encode(body: object) -> Encoded:

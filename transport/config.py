@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import numbers
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -95,6 +97,7 @@ class TransportConfig:
 
     def __post_init__(self) -> None:
         for name, option in self.__dataclass_fields__.items():
+            _check_kind(name, getattr(self, name), str(option.type))
             _check(name, getattr(self, name), option.metadata)
 
     def emit(self, event: str, **fields: object) -> None:
@@ -108,10 +111,21 @@ class TransportConfig:
         return self.copy_threads or max(1, min(8, len(os.sched_getaffinity(0)) // 2))
 
 
+def _check_kind(name: str, value: object, kind: str) -> None:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    what, good = {
+        "bool": ("True or False", isinstance(value, bool)),
+        "int": ("a whole number", is_number and isinstance(value, numbers.Integral)),
+        "float": ("a finite number", is_number and math.isfinite(value)),  # type: ignore[arg-type]
+        "str": ("text", isinstance(value, str)),
+        "Trace | None": ("a callable or None", value is None or callable(value)),
+    }[kind]
+    if not good:
+        raise ValueError(f"{name} must be {what}, not {value!r}")
+
+
 def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     least, most, above = limits.get("least"), limits.get("most"), limits.get("above")
-    if (least is not None or above is not None) and not isinstance(value, int | float):
-        raise ValueError(f"{name} must be a number, not {value!r}")
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, not {value!r}")
     if above is not None and value <= above:

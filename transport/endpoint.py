@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from math import isnan
 from typing import Any, Self
 
 import numpy as np
@@ -52,6 +53,7 @@ class _Loan:
     """What `Endpoint.loan` returns: it keeps the tensor until the end of the `with`."""
 
     __slots__ = ("_lend", "_tensor")
+    instead = "; send what `with … as tensor:` gives"  # for the error of who sends the loan itself
 
     def __init__(self, lend: Callable[[], Tensor]) -> None:
         self._lend = lend
@@ -101,7 +103,7 @@ class Endpoint:
         later. `Timeout` says whether nobody listens or nobody answers; `PeerGone` that it refuses.
         """
         self._exchange.check()
-        deadline = time.monotonic() + (self.config.handshake_timeout if timeout is None else timeout)
+        deadline = time.monotonic() + _seconds(timeout, self.config.handshake_timeout)
         while True:
             number = self._exchange.wire.dial(address)
             answer = self._exchange.shake_hands(number, deadline)
@@ -180,7 +182,7 @@ class Endpoint:
         exchange.check()
         exchange.pump()
         try:
-            exchange.sender.send(body, self._names(to), self.config.timeout if timeout is None else timeout)
+            exchange.sender.send(body, self._names(to), _seconds(timeout, self.config.timeout))
         except Exception:
             exchange.check()  # what goes wrong since another thread closed the endpoint is `Closed`
             raise
@@ -204,7 +206,7 @@ class Endpoint:
         exchange = self._exchange
         exchange.check()
         exchange.pump()
-        timeout = self.config.timeout if timeout is None else timeout
+        timeout = _seconds(timeout, self.config.timeout)
         try:
             exchange.sender.forward(message, self._names(to), timeout)
         except Exception:
@@ -229,7 +231,7 @@ class Endpoint:
         exchange = self._exchange
         exchange.check()
         spec = spec_for(shape, dtype)
-        timeout = self.config.timeout if timeout is None else timeout
+        timeout = _seconds(timeout, self.config.timeout)
         buffer = None
         nbytes = spec.nbytes
         if nbytes:
@@ -410,7 +412,7 @@ class Endpoint:
             raise PeerGone(f"nobody is left who could send to {self.name!r}: {left}")
 
     def _deadline(self, timeout: float | None) -> float:
-        return time.monotonic() + (self.config.timeout if timeout is None else timeout)
+        return time.monotonic() + _seconds(timeout, self.config.timeout)
 
     def _names(self, to: str | Sequence[str] | None) -> list[str]:
         if isinstance(to, str):
@@ -481,3 +483,12 @@ def _make(
         endpoint.close()
         raise
     return endpoint
+
+
+def _seconds(timeout: float | None, default: float) -> float:
+    """What was asked for, or the default. NaN, which no clock reaches, would be a wait without an end."""
+    if timeout is None:
+        return default
+    if isnan(timeout):
+        raise ValueError("timeout must be a number of seconds, not nan")
+    return timeout

@@ -100,7 +100,10 @@ class TestRun:
             "out.safetensors",
         ]
 
-    def test_an_interrupt_ends_everything_and_keeps_what_was_done(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_an_interrupt_ends_everything_and_keeps_what_was_done(
+        self, number: int, code: int, tmp_path: Path
+    ) -> None:
         (path,) = save(tmp_path, 1)
         document = tmp_path / "out.json"
         command = ["run", str(path), "--model", "tests.engine.models:Picky", "--prompts", "100000"]
@@ -111,9 +114,9 @@ class TestRun:
                 line = running.stderr.readline()
                 assert line, "it ended before it was interrupted"
                 answered += line == "[rank0] 4 photographs\n"
-            running.send_signal(signal.SIGINT)
+            running.send_signal(number)
             shown, said = running.communicate()
-        assert running.returncode == 130
+        assert running.returncode == code
         results = json.loads(document.read_text())["results"]
         assert f"tensorferry: interrupted after {len(results)} images\n" in said
         assert "Traceback" not in said
