@@ -15,12 +15,13 @@ import torch
 from engine import EngineConfig
 from engine.cli import _Outcome, _write
 from engine.errors import OutputError
+from engine.images import Grid
 from engine.output import check_target, write_json, write_tensors
 from engine.results import Result, Statistics
 
 
 def result(index: int = 0, *numbers: float) -> Result:
-    return Result(index, f"{index}.png", grid=(1, 2, 2), embedding=torch.tensor(numbers or (1.0, 2.0)))
+    return Result(index, f"{index}.png", grid=Grid(1, 2, 2), embedding=torch.tensor(numbers or (1.0, 2.0)))
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import transport
@@ -175,6 +176,39 @@ def test_a_timeout_says_who_was_waited_for(front: transport.Endpoint, near: tran
 def test_an_unknown_backend_is_named_with_those_there_are() -> None:
     with pytest.raises(ValueError, match="there is no backend 'warp'; there are auto, inline, frames, shm"):
         transport.Endpoint("x", transport.TransportConfig(backend="warp"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("timeout", float("nan"), "a finite number"),
+        ("linger", float("inf"), "a finite number"),
+        ("peer_share", "0.5", "a finite number"),
+        ("ring_bytes", 1.5e9, "a whole number"),
+        ("max_peers", True, "a whole number"),
+        ("tcp_port", None, "a whole number"),
+        ("cut_through", "no", "True or False"),
+        ("curve_key", None, "text"),
+        ("trace", 3, "a callable or None"),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_refused_by_name(name: str, value: object, what: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be {what}, not {re.escape(repr(value))}$"):
+        transport.TransportConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_timeout_that_never_ends_is_refused(front: transport.Endpoint, near: transport.Endpoint) -> None:
+    never = float("nan")
+    calls: list[Callable[[], object]] = [
+        lambda: near.receive(timeout=never),
+        lambda: near.send({}, timeout=never),
+        lambda: near.loan((1,), np.uint8, timeout=never).__enter__(),
+        lambda: near.wait_for_peers(2, timeout=never),
+        lambda: near.connect(front.addresses[0], timeout=never),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="timeout must be a number of seconds, not nan"):
+            call()
 
 
 # ------------------------------------------------------------------------------------ closing
