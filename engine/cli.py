@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import logging
 import os
@@ -236,6 +237,9 @@ def _say(message: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code: 0, 1 something failed, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM."""
     signals.install()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where it has not all our signs, it shows the rest
     try:
         code = tensorferry.main(arguments, prog_name="tensorferry", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
