@@ -6,11 +6,15 @@ import ctypes
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import transport
 from transport import TransportConfig
+from transport.backends.tcp import TcpOutbound
+from transport.bulk.frames import Frame, Kind
 from transport.conformance import WAIT, digest, noise, serve
 
 MIB = 1 << 20
@@ -77,6 +81,27 @@ def _ask(endpoint: transport.Endpoint, count: int, nbytes: int) -> dict[str, Any
         "nbytes": statistics["nbytes"],
         "connections": statistics["tcp"]["bulk"]["connections"],
     }
+
+
+def idle_front(pid: int, told: Connection, address: str, options: Mapping[str, Any]) -> None:
+    """Nothing is under way. Once told, say one word on either connection; tell how the link ends."""
+    enter(pid)
+    with transport.listen(address, config=TransportConfig(**_fields(options))) as endpoint:
+        endpoint.wait_for_peers({"far"}, timeout=WAIT)
+        value = noise(200_000)
+        endpoint.send({"do": "sum", "value": value}, to="far")
+        told.send({"right": endpoint.receive().body == digest(value)})
+        told.recv()
+        endpoint.send({"do": "echo", "value": "small"}, to="far")
+        outbound = endpoint._exchange.sender.outbound.part("tcp")
+        assert isinstance(outbound, TcpOutbound)
+        for way in list(outbound.hub._ways.values()):
+            outbound.hub.tell(partial(way.channel.post, Frame(Kind.CANCEL, 0)))
+        deadline = time.monotonic() + WAIT
+        while endpoint.peers and time.monotonic() < deadline:
+            with suppress(transport.Timeout, transport.PeerGone):
+                endpoint.receive(timeout=0.1)
+        told.send({"left": endpoint.statistics()["left"]})
 
 
 def front_of_two(

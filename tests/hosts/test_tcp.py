@@ -111,3 +111,21 @@ def test_a_host_that_is_gone_ends_the_link_in_time() -> None:
         gone = told(front)["gone"]
         assert "far" in gone
         assert "bulk connection" in gone
+
+
+def test_a_host_that_is_gone_while_nothing_but_small_is_under_way() -> None:
+    """One small message, and one word on the bulk connection: the kernel sends no keepalive then."""
+    with two_hosts() as (head, far):
+        address, options = f"tcp://{head.address}:29550", {"tcp_timeout": 0.5}
+        here, there = Pipe()
+        with (
+            here,
+            there,
+            running(scenes.idle_front, head.pid, there, address, options),
+            running(scenes.peer, far.pid, address, "far", options),
+        ):
+            assert told(here)["right"]
+            far.cable("down")
+            here.send("go on")
+            left = told(here)["left"]
+    assert left == {"far": "is not reached: the bulk connection is lost for 0.5 s"}

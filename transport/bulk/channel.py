@@ -298,21 +298,21 @@ class Channel:
                 return None
             return 0.5
         wait = self.arriving.tick(now)
-        if not self._outgoing and not self.arriving.waits:
-            self._owing_since = None
-            return wait
-        self._check_silence(now)
+        owed = self._check_silence(self.connection, now)
+        if not (owed or self._outgoing or self.arriving.waits):
+            return wait  # keepalive looks after it, and the kernel tells
         return 1.0 if wait is None else min(wait, 1.0)
 
-    def _check_silence(self, now: float) -> None:
-        connection = self.connection
-        silent = connection.silent_for() if connection is not None else 0.0
+    def _check_silence(self, connection: Connection, now: float) -> bool:
+        """Whether the other host owes an acknowledgement, if only of a word; `Lost` when it is gone."""
+        silent = connection.silent_for()
         if not silent:
             self._owing_since = None
-            return
+            return silent is not None
         self._owing_since = self._owing_since if self._owing_since is not None else now
         if min(silent, now - self._owing_since) > self._config.tcp_timeout:
             raise Lost(f"the other host acknowledged nothing for {silent:.0f} s")
+        return True
 
     def _tick_at_the_end(self, now: float) -> float | None:
         connection = self.connection

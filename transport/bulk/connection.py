@@ -14,9 +14,9 @@ from transport.backends.base import Bytes
 from transport.bulk.frames import HEADER_BYTES, Checksum, Damaged, Frame, decode
 
 _TURN_BYTES = 4 << 20  # in one direction, before others have their turn
-# Of `struct tcp_info`: unanswered probes of a closed window, unacknowledged segments, and the milliseconds
-# since the last acknowledgement came.
-_TCP_INFO = struct.Struct("=3xB20xI28xI")
+# Of `struct tcp_info`: unanswered probes of a closed window or an idle connection, unacknowledged segments,
+# the milliseconds since the last acknowledgement came, and the bytes that were not sent yet.
+_TCP_INFO = struct.Struct("=3xB20xI28xI84xI")
 
 
 class Lost(Exception):
@@ -65,14 +65,16 @@ class Connection:
         """Send a frame before the next chunk."""
         self._frames.append(frame)
 
-    def silent_for(self) -> float:
-        """Seconds since the other host acknowledged anything, 0 when it owes nothing.
+    def silent_for(self) -> float | None:
+        """Seconds since the other host acknowledged anything; None when it has all there is.
 
-        Its kernel acknowledges although its process is stopped: slow is not dead.
+        Its kernel answers although its process is stopped, and then takes nothing: 0, as slow is not dead.
         """
         info = self.socket.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, _TCP_INFO.size)
-        probes, unacknowledged, milliseconds = _TCP_INFO.unpack(info)
-        return milliseconds / 1000 if probes or unacknowledged else 0.0
+        probes, unacknowledged, milliseconds, unsent = _TCP_INFO.unpack(info)
+        if probes or unacknowledged:
+            return float(milliseconds) / 1000
+        return 0.0 if unsent else None
 
     # ------------------------------------------------------------------ out
 
