@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transport import TransportConfig
-from transport.backends.base import Bytes
+from transport.backends.base import Bytes, Peer
 from transport.bulk.cargo import Cargo
 from transport.bulk.frames import CHUNK_BYTES, Checksum, Damaged, Frame, Kind, checksum, decode, encode
 from transport.bulk.landing import Landing
@@ -183,33 +183,36 @@ def landing(room: Room, **changes: int) -> Landing:
     return Landing(TransportConfig(**fields), room.land)  # type: ignore[arg-type]
 
 
+FIRST, SECOND, THIRD = (Peer(link, name) for link, name in enumerate(("first", "second", "third"), 1))
+
+
 class TestLanding:
     def test_a_share_of_the_ring_then_beside_it_then_the_reason(self) -> None:
         where = landing(Room(1 << 20))
-        held = [where.place(1, [1 << 18]) for _ in range(2)]
-        beside = where.place(1, [1 << 16])
-        why = where.place(1, [1 << 16])
+        held = [where.place(FIRST, [1 << 18]) for _ in range(2)]
+        beside = where.place(FIRST, [1 << 16])
+        why = where.place(FIRST, [1 << 16])
         assert isinstance(why, str)
         assert "share of the ring is used up: 524288 of 524288" in why
         assert "detour_bytes" in why
-        assert isinstance(where.place(2, [1 << 18]), list)  # another peer has its own share
+        assert isinstance(where.place(SECOND, [1 << 18]), list)  # another peer has its own share
         assert dict(where.detours) == {"landing: a peer's share of the ring is used up": 1}
         del held[0], beside
-        assert isinstance(where.place(1, [1 << 18]), list)
+        assert isinstance(where.place(FIRST, [1 << 18]), list)
 
     def test_a_full_ring_sends_no_more_than_the_detour_beside_it(self) -> None:
         where = landing(Room(0))
-        kept = [where.place(1, [1 << 15]) for _ in range(3)]
+        kept = [where.place(FIRST, [1 << 15]) for _ in range(3)]
         assert [isinstance(place, list) for place in kept] == [True, True, False]
         assert "no room in the ring: it is full" in str(kept[2])
 
     def test_the_window_is_what_was_not_taken(self) -> None:
         where = landing(Room(1 << 20), tcp_window=1 << 17)
-        first = where.place(1, [1 << 16, 1 << 16])
+        first = where.place(FIRST, [1 << 16, 1 << 16])
         assert isinstance(first, list)
-        assert "granted and not taken" in str(where.place(1, [1]))
+        assert "granted and not taken" in str(where.place(FIRST, [1]))
         where.taken(1, 1 << 17)
-        assert isinstance(where.place(1, [1]), list)
+        assert isinstance(where.place(FIRST, [1]), list)
 
     def test_what_the_ring_never_holds_passes_alone(self) -> None:
         def never(sizes: object) -> list[Bytes]:
@@ -217,6 +220,47 @@ class TestLanding:
 
         config = TransportConfig(ring_bytes=1 << 20, detour_bytes=1 << 16, tcp_window=1 << 20)
         where = Landing(config, never)
-        first = where.place(1, [1 << 18])
+        first = where.place(FIRST, [1 << 18])
         assert isinstance(first, list)
-        assert isinstance(where.place(1, [1]), str)
+        assert isinstance(where.place(FIRST, [1]), str)
+
+    def test_the_ring_goes_to_who_waits_longest_and_memory_beside_it_to_anybody(self) -> None:
+        room = Room(0)
+        where = landing(room)
+        assert "it is full" in where.place(FIRST, [1 << 18])
+        room.nbytes = 1 << 17
+        for younger in (SECOND, THIRD):
+            assert "another peer waits for it" in where.place(younger, [1 << 17])
+        beside = where.place(SECOND, [1 << 16])
+        assert isinstance(beside, list)
+        assert "another peer waits for it" in where.place(SECOND, [1 << 17])  # served, and so the last now
+        room.nbytes = 1 << 18
+        assert isinstance(where.place(FIRST, [1 << 18]), list)
+        assert "another peer waits for it" in where.place(SECOND, [1 << 17])
+        for served in (THIRD, SECOND):
+            assert isinstance(where.place(served, [1 << 17]), list)
+
+    def test_who_cannot_be_served_or_asks_no_more_keeps_nobody_waiting(self) -> None:
+        room = Room(1 << 19)
+        where = landing(room, tcp_window=3 << 18)
+        held = where.place(FIRST, [1 << 19])
+        assert "share of the ring" in where.place(FIRST, [1 << 18])
+        assert isinstance(where.place(SECOND, [1 << 18]), list)
+        del held
+        room.nbytes = 1 << 17
+        for leave in (where.withdraw, where.forget):
+            assert "it is full" in where.place(THIRD, [1 << 18])
+            assert "another peer waits" in where.place(SECOND, [1 << 17])
+            leave(THIRD.link)
+            assert isinstance(where.place(SECOND, [1 << 17]), list)
+
+    def test_a_name_that_comes_back_has_one_share(self) -> None:
+        where = landing(Room(1 << 20))
+        held = [where.place(FIRST, [1 << 19]), where.place(FIRST, [1 << 16])]
+        where.forget(FIRST.link)
+        again = Peer(7, FIRST.name)
+        why = where.place(again, [1 << 16])
+        assert "share of the ring is used up: 524288 of 524288" in why
+        assert "beside it 65536 bytes are held" in why
+        del held
+        assert isinstance(where.place(again, [1 << 19]), list)

@@ -242,6 +242,12 @@ class TestCutThrough:
             until(lambda: bool(front.peers) and used(front) == used(near.endpoint) == 0)
 
 
+def held_up(endpoint: transport.Endpoint) -> str:
+    """What an endpoint's only peer says that its transfers wait for."""
+    (way,) = hub_of(endpoint)._ways.values()
+    return way.channel.held
+
+
 def used(endpoint: transport.Endpoint) -> int:
     """The bytes of an endpoint's ring that are taken."""
     figures = outbound_of(endpoint).ring.statistics()["ring"]
@@ -376,6 +382,57 @@ class TestLimits:
                 assert same(near.next().body["value"], noise(500_000, number))
             front.send({"value": noise(MIB)}, to="near")
             assert same(near.next().body["value"], noise(MIB))
+
+    @pytest.mark.parametrize("then", ["room comes", "it leaves", "it is cut off"])
+    def test_room_in_the_ring_goes_to_who_waits_longest(self, then: str) -> None:
+        options = config(detour_bytes=1 << 16, peer_share=0.9, linger=0.0)
+        with (
+            transport.listen(ADDRESS, config=options) as front,
+            joined(front, "keeper", options) as keeper,
+            joined(front, "large", options) as large,
+            joined(front, "small", options) as small,
+        ):
+            here = Pumped(front)
+            for peer in (keeper, large, small):
+                peer.send({"value": noise(300_000)})  # so that there is a connection
+                here.next()
+            for _ in range(6):
+                keeper.send({"value": noise(MIB)})
+            kept = [here.next() for _ in range(6)]
+            large.send({"value": noise(5 * MIB)})
+            until(lambda: "no room in the ring" in held_up(large))
+            small.send({"value": noise(MIB)})
+            until(lambda: bool(held_up(small) or here.messages))
+            assert "another peer waits for it" in held_up(small)
+            match then:
+                case "room comes":
+                    kept.clear()
+                    assert here.next().sender == "large"
+                case "it leaves":
+                    large.close()
+                case "it is cut off":
+                    hub = hub_of(front)
+                    (channel,) = (
+                        way.channel for way in hub._ways.values() if way.channel.peer.name == "large"
+                    )
+                    hub.tell(partial(channel.detach, "cut"))
+            assert here.next().sender == "small"
+            if then == "it is cut off":  # it lost its place, and no more
+                kept.clear()
+                assert here.next().sender == "large"
+            here.stop()
+
+    def test_a_peer_that_comes_back_has_no_second_share(self) -> None:
+        options = config(linger=0.0)
+        with transport.listen(ADDRESS, config=options) as front:
+            here = Pumped(front)
+            for _ in range(2):
+                with transport.connect(front.addresses[0], name="far", config=options, timeout=WAIT) as far:
+                    far.send({"value": noise(500_000)})
+                    with pytest.raises(Full, match="front says: a peer's share of the ring .* beside it"):
+                        repeated(partial(far.send, {"value": noise(500_000)}, timeout=0.5))
+            here.stop()
+            assert sum(message.body["value"].nbytes for message in here.messages) <= (4 + 1) * MIB
 
     def test_two_that_only_send_get_full_and_then_everything(self) -> None:
         with pair() as (front, near, _):

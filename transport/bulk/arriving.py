@@ -92,8 +92,13 @@ class Arriving:
         """A new connection: what lives will be announced again."""
         self._alive.clear()
 
+    def step_back(self) -> None:
+        """Nobody looks for room for what waits, until there is another connection."""
+        self._landing.withdraw(self._peer.link)
+
     def clear(self) -> None:
         """Nothing more comes; what landed stays."""
+        self.step_back()
         self._incoming.clear()
         self._neighbours.host.forget(self._peer.link)
 
@@ -161,13 +166,13 @@ class Arriving:
             self.look_for_room(time.monotonic())
 
     def look_for_room(self, now: float) -> None:
-        """Grant credit, first come first served, as far as there is room."""
+        """Grant credit, in the order of the transfers, as far as there is room."""
         for incoming in self._incoming.values():
             if incoming.arrays is not None:
                 continue
             if incoming.behind:  # what comes after it must not land before it
                 break
-            place = self._landing.place(self._peer.link, incoming.sizes)
+            place = self._landing.place(self._peer, incoming.sizes)
             if isinstance(place, str):
                 self._nap = min(2 * self._nap or _FIRST_LOOK, _LONGEST_LOOK)
                 self._look_at = now + self._nap
@@ -181,6 +186,7 @@ class Arriving:
             self._post(Frame(Kind.GRANT, incoming.number))
             self._config.emit("bulk.granted", peer=self._peer.name, transfer=incoming.number)
         self._look_at = 0.0
+        self._landing.withdraw(self._peer.link)
 
     def _take_chunk(self, incoming: Incoming, frame: Frame) -> None:
         incoming.arrived(frame)

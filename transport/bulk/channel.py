@@ -108,6 +108,7 @@ class Channel:
         self._sent_before += self.connection.sent
         self.connection.close()
         self.connection = None
+        self.arriving.step_back()
         self._lost_at = time.monotonic()
         self._streaming.clear()
         self._let_go()
@@ -125,6 +126,7 @@ class Channel:
     def end(self) -> None:
         """The link has ended: send nothing any more; what is still coming may come."""
         self.ended = True
+        self.arriving.step_back()
         self._drop_outgoing()
         self._streaming.clear()
         self._last_byte = time.monotonic()
