@@ -507,6 +507,22 @@ class TestStrangers:
                 assert closed(stranger)  # in time, and those that are too many at once
                 stranger.close()
 
+    def test_strangers_that_say_nothing_keep_no_peer_from_its_connection(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port: int = listener.getsockname()[1]
+        options = config(tcp_port=port)
+        with ExitStack() as stack:
+            front = stack.enter_context(transport.listen(ADDRESS, config=options))
+            near = Pumped(stack.enter_context(joined(front, "near", options)))
+            stack.callback(near.stop)
+            warm_up(front, near)
+            for _ in range(40):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=WAIT))
+            other = Pumped(stack.enter_context(joined(front, "other", options)))
+            stack.callback(other.stop)
+            front.send({"value": noise(MIB)}, to="other")
+            assert same(other.next().body["value"], noise(MIB))
+
     def test_terms_that_lead_elsewhere_are_refused(self) -> None:
         inbound = TcpInbound(config())
         accepted = Peer(7, "stranger", 1, "tcp://127.0.0.1:29550")

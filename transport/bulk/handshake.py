@@ -59,6 +59,7 @@ class Handshake:
         self.deadline = deadline
         self.link = link
         self.done = False
+        self.accepted = find is not None
         self.writing = find is None  # a dialled socket is writable once it is connected
         self._find = find
         self._tls = tls

@@ -84,9 +84,12 @@ class Meeting:
             socket, _ = listener.accept()
         except OSError:
             return
-        if len(self._handshakes) >= _STRANGERS or (secure and self.identity is None):
+        if secure and self.identity is None:
             socket.close()
             return
+        strangers = [known for known, handshake in self._handshakes.items() if handshake.accepted]
+        if len(strangers) >= _STRANGERS:  # who knows the secret shows it at once, the oldest did not
+            self._give_up(strangers[0], "too many came after it")
         prepare(socket, self._config.tcp_timeout)
         deadline = time.monotonic() + self._config.handshake_timeout
         tls = self.identity.server if secure and self.identity is not None else None
