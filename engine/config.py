@@ -202,6 +202,11 @@ class EngineConfig(Settings):
                 f"data_parallel_size_local = {local}: with data_parallel_start_rank "
                 f"{self.data_parallel_start_rank} that is more than data_parallel_size, {size}"
             )
+        for name in ("curve_clients", "curve_server"):
+            if getattr(self, name) and not self.curve_key:
+                raise ConfigError(
+                    f"{name} without curve_key encrypts nothing: give this side's own key pair, too"
+                )
 
     @property
     def local_ranks(self) -> range:

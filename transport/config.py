@@ -99,6 +99,11 @@ class TransportConfig:
         for name, option in self.__dataclass_fields__.items():
             _check_kind(name, getattr(self, name), str(option.type))
             _check(name, getattr(self, name), option.metadata)
+        for name in ("curve_clients", "curve_server"):
+            if getattr(self, name) and not self.curve_key:
+                raise ValueError(
+                    f"{name} without curve_key encrypts nothing: give this side's own key pair, too"
+                )
 
     def emit(self, event: str, **fields: object) -> None:
         """Call `trace`, if there is one, with what just happened or is just about to."""

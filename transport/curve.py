@@ -24,6 +24,7 @@ from transport.waiting import RateLimit
 _log = logging.getLogger("tensorferry.transport")
 _ZAP = "inproc://zeromq.zap.01"
 _OTHERS_MAY = stat.S_IRWXG | stat.S_IRWXO
+_LETTERS = 40  # of a key in a file, in Z85
 _REQUEST_FRAMES = 7  # version, id, domain, address, identity, mechanism, credentials
 
 
@@ -51,7 +52,7 @@ def check(config: TransportConfig, *, listening: bool) -> None:
     """`TransportError` when the key files that this takes are not there, or not for this user alone."""
     _own(config.curve_key)
     if not listening:
-        _public(config.curve_server, "curve_server (the public key of who listens)")
+        _public(config.curve_server)
     elif not (config.curve_clients and Path(config.curve_clients).is_dir()):
         raise TransportError(
             f"curve_clients ({config.curve_clients or 'not set'}) must be a folder: put the public keys"
@@ -69,7 +70,7 @@ def listen(socket: zmq.Socket[bytes], config: TransportConfig) -> None:
 def dial(socket: zmq.Socket[bytes], config: TransportConfig) -> None:
     """Speak only with who has the key of the server, and show our own."""
     socket.curve_publickey, socket.curve_secretkey = _own(config.curve_key)
-    socket.curve_serverkey = _public(config.curve_server, "curve_server (the public key of who listens)")
+    socket.curve_serverkey = _public(config.curve_server)
 
 
 class Doorkeeper:
@@ -98,24 +99,47 @@ class Doorkeeper:
         return [version, number, status, text, b"", b""]
 
     def _is_known(self, mechanism: bytes, key: bytes) -> bool:
-        """Asked of the folder each time: a key that is added or taken away needs no restart."""
-        try:
-            known = zmq.auth.load_certificates(self._clients)
-        except (OSError, ValueError) as error:
-            text = f"nobody can connect: the keys in {self._clients} cannot be read: {error}"
-            self._warnings.tell(_log.warning, text, "keys")
-            return False
+        known = self._known()
         if mechanism == b"CURVE" and z85.encode(key) in known:
             return True
-        text = f"a connection was refused: its key is not in {self._clients}"
-        self._warnings.tell(_log.warning, text, "unknown key")
+        if known:
+            text = f"a connection was refused: its key is not in {self._clients}"
+            self._warnings.tell(_log.warning, text, "unknown key")
+        else:
+            text = f"nobody can connect: {self._clients} holds no public key (*.key) that can be read"
+            self._warnings.tell(_log.error, text, "keys")
         return False
+
+    def _known(self) -> set[bytes]:
+        """Asked of the folder each time: a key that is added or taken away needs no restart."""
+        known = set()
+        for path in Path(self._clients).glob("*.key"):
+            try:
+                known.add(_load(path)[0])
+            except (OSError, ValueError) as error:
+                text = f"a file in curve_clients is passed by: {error}"
+                self._warnings.tell(_log.warning, text, "bad key", path.name)
+        return known
+
+
+def _load(path: str | Path) -> tuple[bytes, bytes | None]:
+    """Public and secret key of a file, None for a secret that it does not hold.
+
+    `OSError` or `ValueError` when there is no public one.
+    """
+    try:
+        public, secret = zmq.auth.load_certificate(path)
+    except IndexError:  # a line that names a key and gives none
+        public, secret = b"", None
+    if len(public) != _LETTERS:
+        raise ValueError(f"No public key found in {path}")
+    return public, secret
 
 
 def _own(path: str) -> tuple[bytes, bytes]:
     try:
         mode = stat.S_IMODE(os.stat(path).st_mode)
-        public, secret = zmq.auth.load_certificate(path)
+        public, secret = _load(path)
     except (OSError, ValueError) as error:
         raise TransportError(f"curve_key ({path}): {error}") from error
     if secret is None:
@@ -125,8 +149,10 @@ def _own(path: str) -> tuple[bytes, bytes]:
     return public, secret
 
 
-def _public(path: str, what: str) -> bytes:
+def _public(path: str) -> bytes:
+    if not path:
+        raise TransportError("curve_server (not set): give the file of the public key of who listens")
     try:
-        return zmq.auth.load_certificate(path)[0]
+        return _load(path)[0]
     except (OSError, ValueError) as error:
-        raise TransportError(f"{what}: {error}") from error
+        raise TransportError(f"curve_server (the public key of who listens): {error}") from error

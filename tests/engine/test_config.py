@@ -209,8 +209,12 @@ class TestEnvironment:
         for item in options_of(EngineConfig):
             text = item.choices[-1] if item.choices else str(item.maximum or "7")
             text = "true" if item.kind is bool else text
-            # With these two, 7 is allowed everywhere.
-            environ = {"TENSORFERRY_DATA_PARALLEL_SIZE": "14", "TENSORFERRY_HEADLESS": "true"}
+            # With these, 7 is allowed everywhere.
+            environ = {
+                "TENSORFERRY_DATA_PARALLEL_SIZE": "14",
+                "TENSORFERRY_HEADLESS": "true",
+                "TENSORFERRY_CURVE_KEY": "own",
+            }
             config = EngineConfig.load({}, environ=environ | {item.variable: text})
             assert config.sources[item.name] == f"environment {item.variable}"
             assert getattr(config, item.name) == item.parse(text)

@@ -305,6 +305,8 @@ def test_a_headless_host_ends_when_its_rank_died_too_often() -> None:
         ({"headless": True, "data_parallel_size_local": 0}, "no rank is left for this host"),
         ({"data_parallel_size_local": 2}, "that is more than data_parallel_size, 1"),
         ({"headless": True, "data_parallel_backend": "ray"}, "run the head alone"),
+        ({"curve_clients": "keys"}, "curve_clients without curve_key encrypts nothing"),
+        ({"curve_server": "head.key"}, "curve_server without curve_key encrypts nothing"),
     ],
 )
 def test_what_contradicts_itself_is_refused(settings: dict[str, object], message: str) -> None:

@@ -179,6 +179,37 @@ def test_missing_files_are_named(keys: Keys, changes: dict[str, str], complaint:
         transport.listen(ADDRESS, config=keys.listening(**changes))
 
 
+@pytest.mark.parametrize("option", ["curve_clients", "curve_server"])
+def test_keys_of_others_without_ones_own_are_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} without curve_key encrypts nothing"):
+        TransportConfig(**{option: "keys"})  # type: ignore[arg-type]
+
+
+def test_who_connects_is_told_that_the_key_of_who_listens_is_not_set(keys: Keys) -> None:
+    with pytest.raises(TransportError, match=r"curve_server \(not set\): "):
+        transport.connect("tcp://127.0.0.1:1", name="rank", config=keys.connecting(curve_server=""))
+
+
+def test_a_bad_file_among_the_clients_is_named_and_passed_by(
+    keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
+    clients = keys.folder / "clients"
+    bad = {
+        clients / f"bad{number}.key": text for number, text in enumerate(("?", "public-key", "public-key=?"))
+    }
+    for path, text in bad.items():
+        path.write_text(text)
+    with transport.listen(ADDRESS, config=keys.listening()) as front:
+        with joined(front, "rank", keys.connecting()):
+            for path in bad:
+                assert f"a file in curve_clients is passed by: No public key found in {path}" in caplog.text
+        assert "nobody can connect" not in caplog.text
+        (clients / "rank.key").unlink()
+        with pytest.raises(Timeout):
+            transport.connect(front.addresses[0], name="again", config=keys.connecting(), timeout=1.0)
+    assert f"nobody can connect: {clients} holds no public key (*.key) that can be read" in caplog.text
+
+
 def test_a_secret_key_that_others_may_read_is_refused(keys: Keys) -> None:
     secret = Path(keys.of("front"))
     assert stat.S_IMODE(secret.stat().st_mode) == 0o600
