@@ -21,11 +21,14 @@ def keys(folder: Path, names: tuple[str, ...]) -> None:
     import transport  # here, since it takes seconds
 
     public = folder / "clients"
-    public.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name in names or _NAMES:
         try:
+            public.mkdir(parents=True, exist_ok=True, mode=0o700)
             secret = transport.make_keys(folder, name, public=public)
-        except (FileExistsError, ValueError) as error:
+        except OSError as error:
+            why = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
+            raise click.ClickException(why) from error
+        except ValueError as error:
             raise click.ClickException(str(error)) from error
         click.echo(f"{secret}: for {name} alone; {public / name}.key: for who talks to it")
     click.echo(

@@ -33,6 +33,19 @@ def test_makes_pairs_that_two_ends_can_use(tmp_path: Path, capsys: pytest.Captur
         assert front.receive(timeout=30).body == {"hello": 1}
 
 
+@pytest.mark.parametrize("where", ["/proc/nowhere", "{file}/keys"])
+def test_a_folder_that_cannot_be_made_is_one_line(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    folder = where.format(file=tmp_path / "file")
+    assert main(["keys", folder]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"tensorferry: {folder}")
+    assert said.err.count("\n") == 1
+
+
 def test_replaces_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keys", str(tmp_path), "--name", "node7"]) == 0
     before = (tmp_path / "node7.key_secret").read_bytes()
