@@ -25,14 +25,16 @@ _log = logging.getLogger("tensorferry.engine")
 
 _LOOK_EVERY = 0.1
 _FATE_TIMEOUT = 1.0
-_STOP_TIMEOUT = 0.5
 _SAY_EVERY = 10.0
 _REMEMBERED_HOPS = 10_000
 
 
 @dataclass(eq=False)
 class _Worker:
-    """near: it reads this process's memory. joined: what the process behind the name said first."""
+    """near: it reads this process's memory. joined: what the process behind the name said first.
+
+    namesake: who else came under that name, for a person.
+    """
 
     process: Member
     linked: bool = False
@@ -41,6 +43,7 @@ class _Worker:
     near: bool = False
     joined: Joined | None = None
     device: str = ""
+    namesake: str = ""
 
     def replaced_by(self, process: Member) -> None:
         """What was known of the old one holds no more, but for where it was."""
@@ -198,10 +201,11 @@ class Dispatcher:
             return False
         rank, worker = self._workers.get(message.sender, (None, None))
         if rank is None or worker is None:
-            text = f"{message.sender!r} is none of the ranks; what it sent is ignored"
-            self._warnings.tell(_log.error, text, "stranger")
+            self._met_stranger(message.sender, message.body)
         elif isinstance(message.body, Reply):
             self._answered(rank, message.body)
+        elif self._is_namesake(worker):
+            self._met_namesake(worker, message.body)
         elif isinstance(message.body, Joined):
             self._came(rank, worker, message.body)
         elif message.body.error and rank.gone and self._started:
@@ -222,10 +226,49 @@ class Dispatcher:
         worker.joined, worker.linked = joined, True
         worker.host, worker.pid = joined.host, joined.pid
         if joined.serves != self._here.serves:
-            why = f"it serves {joined.serves}, its head {self._here.serves}"
-            with suppress(transport.TransportError):
-                self._front.send(Stop(why), to=worker.process.name, timeout=_STOP_TIMEOUT)
+            why = self._compared(joined)
+            self._send_away(worker.process.name, why)
             self._cannot_serve(rank, worker, why)
+
+    def _compared(self, joined: Joined) -> str:
+        return f"it serves {joined.serves}, its head {self._here.serves}"
+
+    def _send_away(self, name: str, why: str) -> None:
+        with suppress(transport.TransportError):
+            self._front.try_send(Stop(why), to=name)  # who takes nothing is not waited for
+
+    def _met_stranger(self, name: str, said: Joined | Ready | Reply) -> None:
+        if not isinstance(said, Joined):
+            text = f"{name!r} is none of the ranks; what it sent is ignored"
+            self._warnings.tell(_log.error, text, "stranger")
+            return
+        text = f"{name!r} (pid {said.pid} on {said.host:.100}) is none of the ranks; it is sent away"
+        self._warnings.tell(_log.error, text, "stranger came")
+        why = "compare --data-parallel-size and --data-parallel-start-rank"
+        self._send_away(name, f"{name!r} is none of the head's ranks; {why} ({self._compared(said)})")
+
+    def _is_namesake(self, worker: _Worker) -> bool:
+        """Whether who has the name of a worker that was started here is another: he came by tcp.
+
+        Not told by the pid: processes in different containers may have equal ones.
+        """
+        if not worker.process.pid:
+            return False
+        addresses = [peer.address for peer in self._front.peers if peer.name == worker.process.name]
+        return any(address.startswith("tcp://") for address in addresses)
+
+    def _met_namesake(self, worker: _Worker, said: Joined | Ready) -> None:
+        if not isinstance(said, Joined):
+            return
+        name = worker.process.name
+        worker.namesake = (
+            f"pid {said.pid} on {said.host} came as {name}, which the head starts itself: "
+            "that host lacks its --data-parallel-start-rank"
+        )
+        self._warnings.tell(_log.error, worker.namesake, "namesake", name)
+        self._send_away(
+            name, f"its head starts {name} itself; give this host its own --data-parallel-start-rank"
+        )
 
     def _cannot_serve(self, rank: _Rank, worker: _Worker, error: str) -> None:
         if not self._started:
@@ -329,6 +372,7 @@ class Dispatcher:
         if not self._started and not culprit.process.running:
             words = culprit.process.last_words()
             said = f"; it wrote: {words}" if words else ""
+            said += f"; {culprit.namesake}" if culprit.namesake else ""
             raise StartError(f"{culprit} {fate} before it was ready{said}")
         rank.gone = fate if culprit is rank.workers[0] else f"ended with {culprit}, which {fate}"
         rank.since = time.monotonic()

@@ -67,7 +67,8 @@ class Roster:
     def taken(self, holder: Link) -> str:
         """Why a second peer of one name is refused while the first lives."""
         seconds = time.monotonic() - holder.since
-        return f"the name {holder.peer.name!r} is taken by pid {holder.peer.pid} since {seconds:.0f} s"
+        by = f"pid {holder.peer.pid} over {_way(holder.peer.address)}"
+        return f"the name {holder.peer.name!r} is taken by {by} since {seconds:.0f} s"
 
     def welcome(self, route: Route, hello: Hello) -> tuple[Link, Welcome]:
         """Make the link of a hello that was judged good; the welcome is still to be sent."""
@@ -170,3 +171,8 @@ class Roster:
             self._left[link.peer.name] = (reason, time.monotonic())
             while len(self._left) > _REMEMBER:
                 self._left.popitem(last=False)
+
+
+def _way(address: str) -> str:
+    """An address as another host may know it: no path of this one."""
+    return "a Unix socket" if address.startswith("ipc://") else address

@@ -7,9 +7,9 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,8 @@ from PIL import Image
 
 import transport
 from engine import ConfigError, Engine, EngineConfig, NoRankLeft, StartError
+from engine.dispatch import Dispatcher
+from engine.fleet import Fleet
 from engine.model import Batch
 from engine.parallel import Parallel
 from engine.protocol import FRONT, Joined, Ready, Reply, Request, Stop, outward, transport_config
@@ -194,10 +196,10 @@ def test_a_hundred_bad_messages_of_a_kind_are_one_line(caplog: pytest.LogCapture
                 stranger.send(Ready(), to=FRONT)
                 while any(peer.unacknowledged for peer in rank.peers + stranger.peers):
                     engine._dispatcher.progress()
-    for text in ("an answer could not be read", "is none of the ranks", "answers a request too late"):
+    for text in ("an answer could not be read", "what it sent is ignored", "answers a request too late"):
         first, second = [record.message for record in caplog.records if text in record.message]
         assert "left out" not in first
-        assert re.search(r"\((99|101) more such warnings left out\)$", second)
+        assert re.search(r"\((99|100) more such warnings left out\)$", second)
 
 
 def test_a_worker_says_once_that_it_cannot_read(address: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -260,6 +262,56 @@ def test_a_rank_that_serves_something_else_is_refused() -> None:
     assert re.fullmatch(f"{where} could not start: {re.escape(what)}", str(caught.value))
     assert there.returncode == 1
     assert f"tensorferry: rank0: the head does not want this worker: {what}\n" in said
+
+
+@contextmanager
+def head_of(
+    config: EngineConfig, before: Sequence[str] = ()
+) -> Iterator[tuple[Dispatcher, list[transport.Endpoint]]]:
+    """A head without photographs, and who came under the names in `before` ahead of its own ranks, by tcp."""
+    fleet = Fleet(config)
+    settings = transport_config(config)
+    with ExitStack() as stack:
+        stack.callback(fleet.stop, polite=False)
+        front = stack.enter_context(transport.listen(fleet.addresses, name=FRONT, config=settings))
+        others = [stack.enter_context(linked(front, name, settings)) for name in before]
+        for other in others:
+            other.send(Joined.here(config), to=FRONT)
+            other.send(Ready(device="cpu"), to=FRONT)
+        fleet.start(front.addresses)
+        yield Dispatcher(front, fleet, config), others
+
+
+def test_a_rank_that_the_head_has_not_is_sent_away(caplog: pytest.LogCaptureFixture) -> None:
+    config = EngineConfig(data_parallel_size_local=0, data_parallel_rpc_port=free_port(), model=MODEL)
+    with head_of(config, before=["rank3"]) as (head, (stranger,)):
+        while (told := stranger.try_receive(Stop)) is None:
+            head.progress()
+    assert told.body.reason.startswith(
+        "'rank3' is none of the head's ranks; "
+        "compare --data-parallel-size and --data-parallel-start-rank (it serves "
+    )
+    assert re.search(r"'rank3' \(pid \d+ on .+\) is none of the ranks; it is sent away", caplog.text)
+
+
+def test_a_rank_of_another_host_that_the_head_starts_itself_is_sent_away() -> None:
+    port = free_port()
+    config = EngineConfig(
+        data_parallel_size=2, data_parallel_size_local=1, data_parallel_rpc_port=port, model=MODEL
+    )
+    with head_of(config, before=["rank0"]) as (head, (namesake,)):
+        with pytest.raises(StartError) as caught:
+            head.wait_until_ready(60)
+        assert namesake.receive(Stop, timeout=60).body.reason == (
+            "its head starts rank0 itself; give this host its own --data-parallel-start-rank"
+        )
+    assert f"the name 'rank0' is taken by pid {os.getpid()} over tcp://127.0.0.1:{port} since" in str(
+        caught.value
+    )
+    assert str(caught.value).endswith(
+        f"; pid {os.getpid()} on {socket.gethostname()} came as rank0, which the head starts itself: "
+        "that host lacks its --data-parallel-start-rank"
+    )
 
 
 def test_what_the_head_said_before_it_left_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
