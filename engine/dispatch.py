@@ -142,6 +142,8 @@ class Dispatcher:
             if now - min(began + timeout, said + _SAY_EVERY) > 0:
                 states = "; ".join(worker.missing(self._front.addresses[-1:]) for worker in waiting)
                 if now > began + timeout:
+                    namesakes = [worker.namesake for _, worker in self._workers.values() if worker.namesake]
+                    states = "; ".join([states, *namesakes])
                     raise StartError(f"not ready within {timeout:g} s (startup_timeout): {states}")
                 if any(isinstance(worker.process, Elsewhere) for worker in waiting):
                     _log.warning("waiting for %.0f s, %g at most: %s", now - began, timeout, states)

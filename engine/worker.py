@@ -262,7 +262,8 @@ def _connected(name: str, address: str, config: EngineConfig, patience: float) -
             # That a dead worker of this name is dead may take its head a while to find out.
             if time.monotonic() > deadline:
                 raise
-            warnings.tell(_log.warning, f"{error}; trying again", "refused")
+            hint = "if two hosts have this rank, compare --data-parallel-start-rank"
+            warnings.tell(_log.warning, f"{error}; trying again; {hint}", "refused")
             time.sleep(_REFUSED_NAP)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import transport
 from engine import ConfigError, EngineConfig
 from engine.environment import first_node, placed
 from tests.engine.pictures import expected, picture, save
@@ -114,11 +115,16 @@ def check(document: Path, ranks: int) -> None:
 
 
 def test_torchrun_places_the_ranks(tmp_path: Path) -> None:
+    """With keys: one pair and one command line for the head and who connects to it."""
     save(tmp_path, 12)
+    (tmp_path / "keys").mkdir()
+    secret = transport.make_keys(tmp_path, "head", public=tmp_path / "keys")
+    keys = ["--curve-key", str(secret), "--curve-clients", str(tmp_path / "keys")]
+    keys += ["--curve-server", str(tmp_path / "keys/head.key")]
     document = tmp_path / "out.json"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     wanted = [str(tmp_path), "--images-per-prompt", "1", "--json", str(document)]
-    with python(*torchrun, *RUN, *wanted) as process:
+    with python(*torchrun, *RUN, *keys, *wanted) as process:
         _, said = process.communicate()
     assert process.returncode == 0, said
     assert "rank 1: the head ended its run" in said
