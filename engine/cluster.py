@@ -118,6 +118,22 @@ class RayRanks:
         }
         return EngineConfig(**values).to_toml()
 
+    def check(self) -> None:
+        """Ask Ray, without waiting, whether an actor has ended, as none does before the run is over.
+
+        Raises:
+            StartError: one has; whose, and what Ray says of it.
+        """
+        ended, _ = self._ray.wait(self._serving, timeout=0)
+        for serving in ended:
+            rank = f"rank{self._serving.index(serving)}"
+            try:
+                self._ray.get(serving)
+            except self._ray.exceptions.RayError as error:
+                why = getattr(error, "cause", None) or error  # the cause without the actor's traceback
+                raise StartError(f"Ray's actor for {rank} failed: {why}") from error
+            raise StartError(f"Ray's actor for {rank} ended before the run began")
+
     def stop(self) -> None:
         """End the actors: those whose ranks were told to leave are about to end by themselves."""
         from ray.util.placement_group import remove_placement_group

@@ -149,6 +149,7 @@ class Dispatcher:
                     _log.warning("waiting for %.0f s, %g at most: %s", now - began, timeout, states)
                 said = now
             self.progress()
+            self._fleet.check()
         self._started = True
 
     # ------------------------------------------------------------------ work

@@ -99,6 +99,11 @@ class Fleet:
         if self._ray is not None:
             self._ray.start(addresses[-1])
 
+    def check(self) -> None:
+        """`StartError` when who places ranks elsewhere says that one of them could not start."""
+        if self._ray is not None:
+            self._ray.check()
+
     def restart(self, rank: str) -> Sequence[Member] | None:
         """The workers that take the place of a rank that died, or may come from where it was; None: nobody.
 

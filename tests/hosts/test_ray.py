@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import transport
 from tests.engine.processes import python
 from tests.hosts.head import Head, check, head_on
 from tests.hosts.namespaces import Host, two_hosts
@@ -91,6 +92,24 @@ def test_ray_places_the_ranks_and_starts_them_again(
     assert head.process.returncode == 0
     while any(Path(f"/proc/{pid}").exists() for pid in last.values()):  # the suite's timeout is the limit
         time.sleep(0.05)
+
+
+@pytest.mark.netns
+@pytest.mark.stress
+def test_an_actor_that_fails_ends_the_start_with_what_ray_says(
+    cluster: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    near, _ = cluster
+    for name, value in (_QUIET | {"RAY_ADDRESS": f"{near.address}:{_PORT}"}).items():
+        monkeypatch.setenv(name, value)
+    secret = transport.make_keys(tmp_path, "head", public=tmp_path)
+    flags = ["-dp", "2", "--data-parallel-backend", "ray", "--startup-timeout", "400"]
+    keys = ["--curve-key", str(secret), "--curve-clients", str(tmp_path)]  # and no --curve-server
+    with near.run([sys.executable, "-m", "engine", "run", *flags, *keys]) as head:
+        _, said = head.communicate()
+    assert head.returncode == 1
+    assert "tensorferry: Ray's actor for rank" in said
+    assert "curve_server (not set): give the file" in said
 
 
 def parent(pid: int) -> int:
