@@ -197,6 +197,13 @@ class EngineConfig(Settings):
                 f"headless: no rank is left for this host (data_parallel_size {size}, "
                 f"data_parallel_start_rank {self.data_parallel_start_rank}, data_parallel_size_local {local})"
             )
+        if not (self.data_parallel_rpc_port or self.data_parallel_backend == "ray") and (
+            self.headless or len(self.local_ranks) < size
+        ):
+            raise ConfigError(
+                "data_parallel_rpc_port = 0: give the head and the ranks of other hosts the same port, from 1"
+                " to 65535; only Ray tells them which was free"
+            )
         if local is not None and self.data_parallel_start_rank + local > size:
             raise ConfigError(
                 f"data_parallel_size_local = {local}: with data_parallel_start_rank "

@@ -349,6 +349,13 @@ class TestEngineConfig:
             "--images-per-prompt",
         }
 
+    @pytest.mark.parametrize("more", [{"headless": True}, {"data_parallel_size_local": 0}])
+    def test_a_port_that_nobody_can_know_is_refused(self, more: dict[str, Any]) -> None:
+        with pytest.raises(ConfigError, match="data_parallel_rpc_port = 0: give the head and the ranks"):
+            EngineConfig(data_parallel_rpc_port=0, **more)
+        EngineConfig(data_parallel_rpc_port=0)  # nobody comes from elsewhere
+        EngineConfig(data_parallel_rpc_port=0, data_parallel_size_local=0, data_parallel_backend="ray")
+
     def test_sizes_in_bytes(self) -> None:
         config = EngineConfig(shm_ring_gb=0.5, inline_below_kb=3)
         assert (config.ring_bytes, config.inline_below) == (512 * 1024 * 1024, 3072)
