@@ -22,7 +22,7 @@ import transport
 from tests import leaks
 from tests.transport.proxy import Proxy
 from transport import Full, PeerGone, Timeout, TransportConfig
-from transport.backends.base import Bytes, Peer
+from transport.backends.base import Bytes, Peer, Refusal
 from transport.backends.tcp import TcpInbound, TcpOutbound
 from transport.bulk.handshake import MAGIC
 from transport.bulk.hub import Hub
@@ -481,6 +481,34 @@ class TestLimits:
                 body = near.next().body
                 assert body["n"] == number
                 assert same(body["value"], noise(300_000, number))
+
+
+class TestNotReached:
+    """Control messages come through, bulk connections do not."""
+
+    def test_what_goes_wrong_is_said_while_it_is_still_tried(self) -> None:
+        with (
+            transport.listen(ADDRESS, config=config(backend="auto")) as front,
+            socket.socket() as nobody,
+        ):
+            nobody.bind(("127.0.0.1", 0))  # and does not listen
+            hub, port = hub_of(front), nobody.getsockname()[1]
+            expect = hub.expect
+            hub.expect = lambda peer, host: (port, expect(peer, host)[1])  # type: ignore[method-assign]
+            with joined(front, "near", config(backend="auto")) as near:
+                there, here = near._exchange.roster.links()[0].peer, front._exchange.roster.links()[0].peer
+                said = outbound_of(near).explain
+                assert said(there) == "not tcp yet: no need"
+                answer = near._exchange.receiver.inbounds["tcp"].accept(
+                    there, outbound_of(front).offer(here), "near"
+                )
+                assert not isinstance(answer, Refusal)
+                assert outbound_of(front).admit(here, answer) == ""
+                assert "no bulk connection so far" in outbound_of(front).explain(here)
+                deadline = time.monotonic() + WAIT
+                while "refused" not in said(there) and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                assert said(there) == "not tcp yet: no bulk connection so far: Connection refused"
 
 
 class TestStrangers:

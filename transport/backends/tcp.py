@@ -170,7 +170,10 @@ class TcpOutbound(Outbound):
         why_not = self._why_not(peer)
         if why_not:
             return f"not tcp: {why_not}"
-        return "not tcp yet: " + ("no bulk connection so far" if peer in self._asked else "no need")
+        if peer not in self._asked and self.hub.channel(peer) is None:
+            return "not tcp yet: no need"
+        trouble = self.hub.trouble(peer)
+        return f"not tcp yet: no bulk connection so far{f': {trouble}' if trouble else ''}"
 
     def fault(self, peer: Peer) -> str:
         channel = self.hub.channel(peer)

@@ -78,7 +78,12 @@ class Hub:
             listener = self._listeners.get((host, way.secure))
             if listener is None:
                 family = sockets.AF_INET6 if ":" in host else sockets.AF_INET
-                listener = sockets.create_server((host, self._config.tcp_port), family=family, backlog=128)
+                listener = sockets.create_server(
+                    (host, self._config.tcp_port),
+                    family=family,
+                    backlog=128,
+                    dualstack_ipv6=family == sockets.AF_INET6,  # as zmq's own at [::]
+                )
                 listener.setblocking(False)
                 self._listeners[host, way.secure] = listener
                 self._queue(partial(self._meeting.accept_at, listener, way.secure))
@@ -135,6 +140,11 @@ class Hub:
             way = Way(channel, token, until, secure=self._is_secure(peer))
             self._ways[peer.link] = way
         return way
+
+    def trouble(self, peer: Peer) -> str:
+        """Why the last try to connect to a peer failed, "" where none has, or the peer is who dials."""
+        way = self._ways.get(peer.link)
+        return "" if way is None else way.trouble
 
     def drop(self, peer: Peer) -> None:
         """The link ended and nothing that came over it is left: close its connection."""
