@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
 import signal
-import socket
 from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
 from engine.cluster import RayRanks
 from engine.config import EngineConfig
-from engine.errors import StartError
-from engine.launch import LocalRanks
+from engine.launch import LocalRanks, tcp_address
 
 
 class Member(Protocol):
@@ -78,7 +75,7 @@ class Fleet:
         self.addresses: list[str] = []
         if len(config.local_ranks) < config.data_parallel_size:
             host = config.data_parallel_address or (self._ray.own_address if self._ray else "127.0.0.1")
-            self.addresses.append(listening_address(host, config.data_parallel_rpc_port))
+            self.addresses.append(tcp_address(host, config.data_parallel_rpc_port))
         self._local = LocalRanks(config)
         if config.local_ranks:
             self.addresses.insert(0, self._local.address)
@@ -124,17 +121,3 @@ class Fleet:
         finally:
             if self._ray is not None:
                 self._ray.stop()
-
-
-def listening_address(host: str, port: int) -> str:
-    """`tcp://ADDRESS:PORT`, where a name has become its address, since nobody can listen at a name.
-
-    Raises:
-        StartError: the name is unknown here.
-    """
-    try:
-        ((*_, where), *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise StartError(f"data_parallel_address {host!r} is no address known here: {error}") from error
-    address = ipaddress.ip_address(where[0])
-    return f"tcp://[{address}]:{port}" if address.version == 6 else f"tcp://{address}:{port}"

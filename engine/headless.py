@@ -7,7 +7,7 @@ from collections import Counter
 
 from engine.config import EngineConfig
 from engine.errors import HEAD_LOST, NO_HEAD, StartError
-from engine.launch import LocalRanks, RankProcess, wait_for_an_end
+from engine.launch import LocalRanks, RankProcess, tcp_address, wait_for_an_end
 
 _log = logging.getLogger("tensorferry.headless")
 
@@ -23,7 +23,7 @@ class Headless:
 
     def __init__(self, config: EngineConfig) -> None:
         host, port = config.data_parallel_address or "127.0.0.1", config.data_parallel_rpc_port
-        self.address = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+        self.address = tcp_address(host, port)
         self._config = config
         self._restarts: Counter[str] = Counter()
         self._failed: dict[str, str] = {}

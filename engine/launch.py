@@ -195,6 +195,12 @@ def wait_for_an_end(processes: Sequence[RankProcess], timeout: float) -> None:
         select.select(watched, [], [], timeout)
 
 
+def tcp_address(host: str, port: int) -> str:
+    """Where a head listens for ranks of other hosts; `host` is a name or an address, of IPv6 as well."""
+    host = host.strip("[]")
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
 def _environment() -> dict[str, str]:
     """Ours, and our search path: what can be imported here, `--model` for one, can be there."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)

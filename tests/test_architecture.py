@@ -30,7 +30,7 @@ RANKS: dict[str, list[set[str]]] = {
         {"sharing", "sources", "staging"},
         {"tensors"},
         {"codec", "message", "waiting"},
-        {"backends.base", "backends.ring_messages", "curve"},
+        {"addresses", "backends.base", "backends.ring_messages", "curve"},
         {"backends.budget", "backends.records", "backends.shm_inbound", "assembly", "wire", "registry"},
         {"backends.inline", "backends.frames", "backends.shm", "link"},
         {"bulk.frames", "bulk.poller", "bulk.terms"},

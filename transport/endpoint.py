@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from transport.addresses import UnknownHost
 from transport.backends.base import Held
 from transport.config import TransportConfig
 from transport.errors import PeerGone, Timeout
@@ -25,6 +26,7 @@ from transport.staging import Stage
 from transport.tensors import Tensor, spec_for, view
 
 _DIAL_NAP = 0.05
+_NAME_NAP = 0.5  # who resolves names serves others, too
 _MOMENT = 2e-3
 _SLICE = 5e-3  # of the wait for a message that is being written; then others have their turn
 
@@ -100,25 +102,47 @@ class Endpoint:
         """Make a link to who listens there; the peer's name.
 
         Tries until `timeout` seconds (default `handshake_timeout`) are over: the other side may start
-        later. `Timeout` says whether nobody listens or nobody answers; `PeerGone` that it refuses.
+        later, and so may its name be known, which is looked up for every try; of its addresses the first of
+        IPv4 is taken, else of IPv6. `Timeout` says whether the name is unknown, nobody listens, or nobody
+        answers; `PeerGone` that it refuses. The system's resolver may take longer than `timeout`.
         """
-        self._exchange.check()
         deadline = time.monotonic() + _seconds(timeout, self.config.handshake_timeout)
         while True:
-            number = self._exchange.wire.dial(address)
-            answer = self._exchange.shake_hands(number, deadline)
+            self._exchange.poll()
+            try:
+                answer, nap = self._dial(address, deadline), _DIAL_NAP
+            except UnknownHost as error:
+                answer, nap = str(error), _NAME_NAP
             if isinstance(answer, Welcome):
                 return answer.name
-            reached = self._exchange.wire.reached(number)
-            self._exchange.wire.hang_up(number)
-            if isinstance(answer, Refused):
-                raise PeerGone(f"{address} refuses {self.name!r}: {answer.reason}")
-            if time.monotonic() >= deadline:
-                why = "somebody listens there, but does not answer" if reached else "nobody listens there"
-                if self._exchange.wire.turned_away(address):
-                    why = "who listens there takes no connection without a key that it knows (curve_key)"
-                raise Timeout(f"{self.name!r} could not connect to {address}: {why}")
-            time.sleep(_DIAL_NAP)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Timeout(f"{self.name!r} could not connect to {address}: {answer}")
+            time.sleep(min(nap, left))
+
+    def _dial(self, address: str, deadline: float) -> Welcome | str:
+        """One try to make a link: the answer, or why there is none. `PeerGone` when it is a refusal."""
+        exchange = self._exchange
+        number = exchange.wire.dial(address)
+        answer = exchange.shake_hands(number, deadline)
+        if isinstance(answer, Welcome):
+            return answer
+        reached = exchange.wire.reached(number)
+        exchange.wire.hang_up(number)
+        if isinstance(answer, Refused):
+            raise PeerGone(f"{address} refuses {self.name!r}: {answer.reason}")
+        if exchange.wire.turned_away(address):
+            return f"who listens there closes the connection during the handshake: {self._turned_away()}"
+        return "somebody listens there, but does not answer" if reached else "nobody listens there"
+
+    def _turned_away(self) -> str:
+        """What may be the reason that a handshake is broken off; zmq does not say which."""
+        if self.config.curve_key:
+            return (
+                "it has no keys, or another one than curve_server says, or this curve_key is not among its"
+                " curve_clients"
+            )
+        return "it serves only who has a key that it knows (curve_key), or it is no endpoint at all"
 
     def wait_for_peers(self, peers: int | str | Collection[str], *, timeout: float | None = None) -> None:
         """Until that many peers, or the peers of these names, are linked. `Timeout` says who is missing."""

@@ -9,13 +9,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
+from transport.addresses import on_this_host
 from transport.backends.base import Peer
 from transport.config import TransportConfig
 from transport.errors import ProtocolError
 from transport.link import Link
 from transport.message import VERSION, Greeting, Hello, Refused, Welcome
 from transport.process import own_mark, recognise
-from transport.wire import Route, Wire, on_this_host
+from transport.wire import Route, Wire
 
 _REMEMBER = 256
 _SAY = 8  # of them, in one text
@@ -108,7 +109,7 @@ class Roster:
             self._wire,
             route,
             peer,
-            address=self._wire.address(route.socket),
+            address=self._wire.shown(route.socket),
             window=min(greeting.window, self._config.max_queued_messages),
             window_bytes=min(greeting.window_bytes, self._config.max_queued_bytes),
             patience=greeting.patience,

@@ -12,12 +12,10 @@ not hear of it, and the address would stay taken. So a child closes them first o
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
 import resource
 import select
 import socket as sockets
-import stat
 import threading
 import weakref
 from collections.abc import Sequence
@@ -29,7 +27,7 @@ import numpy as np
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from transport import curve
+from transport import addresses, curve
 from transport.backends.base import Bytes
 from transport.config import TransportConfig
 from transport.curve import Doorkeeper
@@ -39,7 +37,6 @@ _ROUTER, _DEALER = zmq.SocketType.ROUTER, zmq.SocketType.DEALER
 _MORE = zmq.SNDMORE | zmq.NOBLOCK
 _POLLIN = int(zmq.POLLIN)
 _EVENTS = 64  # descriptors at a glance; what is left fires again
-_LONGEST_IPC_PATH = 107
 _RECEIVE_QUEUE = 128  # messages of one peer that zmq itself keeps; what is unread beyond waits over there
 _NEVER = 10 * 86_400_000  # ms; with -1, which is never, zmq throws away what came and was not read yet
 _UNNUMBERED = 64  # messages without a number that may wait for one peer
@@ -107,6 +104,7 @@ class Wire:
         self._sockets: dict[int, zmq.Socket[bytes]] = {}
         self._monitors: dict[int, zmq.Socket[bytes]] = {}
         self._addresses: dict[int, str] = {}
+        self._dialled: dict[int, str] = {}  # as the caller said it, with the name of a host perhaps
         self._lost: set[int] = set()
         self._reached: set[int] = set()
         self._turned_away: set[str] = set()  # addresses
@@ -130,10 +128,13 @@ class Wire:
 
         `TransportError` when the address is wrong, taken, or not allowed without encryption.
         """
-        _check_address(address, self._config, listening=True)
-        secure = self._check_keys(address, listening=True)
+        try:
+            where = self._located(address, listening=True)
+        except addresses.UnknownHost as error:
+            raise TransportError(f"cannot listen at {address}: {error}") from error
+        secure = self._check_keys(where, listening=True)
         with self._lock:
-            socket = self._socket(_ROUTER)
+            socket = self._socket(_ROUTER, where)
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
             try:
                 if secure:
@@ -144,7 +145,7 @@ class Wire:
                 # Whoever is not of our uid is sent away even before the file has its mode.
                 socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
                 _allow_descriptors()
-                socket.bind(_bindable(address))
+                socket.bind(addresses.bindable(where))
                 if address.startswith("ipc://"):
                     os.chmod(address.removeprefix("ipc://"), 0o600)
             except (zmq.ZMQError, OSError) as error:
@@ -155,21 +156,32 @@ class Wire:
             return actual
 
     def dial(self, address: str) -> int:
-        """Connect a new socket; its number. It is not connected again when the connection is lost."""
-        _check_address(address, self._config, listening=False)
-        secure = self._check_keys(address, listening=False)
+        """Connect a new socket; its number. It is not connected again when the connection is lost.
+
+        `UnknownHost` when there is no such name (yet): zmq would not say so, and not look again for long.
+        """
+        where = self._located(address, listening=False)
+        secure = self._check_keys(where, listening=False)
         with self._lock:
-            socket = self._socket(_DEALER)
+            socket = self._socket(_DEALER, where)
             socket.setsockopt(zmq.RECONNECT_IVL, _NEVER)
             if secure:
                 curve.dial(socket, self._config)
-            number = self._add(socket, address)
+            number = self._add(socket, where)
+            self._dialled[number] = address
             try:
-                socket.connect(address)
+                socket.connect(where)
             except zmq.ZMQError as error:
                 self._remove(number)
                 raise TransportError(f"cannot connect to {address}: {error.strerror}") from error
             return number
+
+    def _located(self, address: str, *, listening: bool) -> str:
+        """An address with the host's address for its name; `TransportError` when it may not be used."""
+        addresses.check(address, listening=listening)
+        where = addresses.located(address, listening=listening)
+        addresses.check_safety(where, self._config)
+        return where
 
     def _check_keys(self, address: str, *, listening: bool) -> bool:
         """Whether links at an address are encrypted; `TransportError` when keys for that are missing."""
@@ -184,17 +196,22 @@ class Wire:
             self._remove(number)
 
     def address(self, number: int) -> str:
-        """The address of a socket."""
+        """The address of a socket; of one that dialled a name the address that it had then."""
         return self._addresses.get(number, "")
+
+    def shown(self, number: int) -> str:
+        """The same for people: as it was said to `dial`."""
+        return self._dialled.get(number) or self.address(number)
 
     def names(self) -> set[_Name]:
         """Where these sockets listen and what they are connected with, as the kernel names it."""
         return {_name(address, number in self._routers) for number, address in self._addresses.items()}
 
-    def _socket(self, kind: zmq.SocketType) -> zmq.Socket[bytes]:
+    def _socket(self, kind: zmq.SocketType, address: str) -> zmq.Socket[bytes]:
         """A socket with its limits, which zmq takes over at bind and connect and not later."""
         config = self._config
         socket = self._context.socket(kind)
+        socket.setsockopt(zmq.IPV6, addresses.is_ipv6(address))
         socket.setsockopt(zmq.LINGER, int(config.linger * 1000))
         # Beyond our own count of unacknowledged messages: for answers to a peer that asks but never reads.
         socket.setsockopt(zmq.SNDHWM, 2 * config.max_queued_messages + _UNNUMBERED)
@@ -224,6 +241,7 @@ class Wire:
             return
         monitor = self._monitors.pop(number)
         del self._addresses[number]
+        self._dialled.pop(number, None)
         self._reached.discard(number)
         self._routers.discard(number)
         for descriptor in self._descriptors.pop(number):
@@ -300,7 +318,7 @@ class Wire:
         return number in self._reached
 
     def turned_away(self, address: str) -> bool:
-        """Whether who listens at an address broke a handshake off, as one does that has other keys."""
+        """Whether who listens at an address, as it was dialled, broke a handshake off."""
         return address in self._turned_away
 
     def lost(self) -> set[int]:
@@ -316,7 +334,7 @@ class Wire:
         while _readable(monitor):
             event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))["event"]
             if event & _TURNED_AWAY:
-                self._turned_away.add(self._addresses[number])
+                self._turned_away.add(self.shown(number))
             if event & (_GONE | _TURNED_AWAY):
                 self._lost.add(number)
             else:
@@ -400,75 +418,6 @@ def _allow_descriptors() -> None:
     if soft != hard:
         with suppress(OSError, ValueError):  # a hard limit from before the kernel's own was lowered
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _bindable(address: str) -> str:
-    """As zmq wants it: any free port is `*`."""
-    is_any = address.startswith("tcp://") and address.endswith(":0")
-    return address.removesuffix("0") + "*" if is_any else address
-
-
-def _check_address(address: str, config: TransportConfig, *, listening: bool) -> None:
-    scheme, separator, rest = address.partition("://")
-    if not separator or scheme not in ("ipc", "tcp") or not rest:
-        raise TransportError(f"{address!r} is no address: use ipc://PATH or tcp://HOST:PORT")
-    if scheme == "ipc":
-        _check_ipc(rest, listening=listening)
-        return
-    host, colon, port = rest.rpartition(":")
-    if not colon or not host or not (port.isdigit() or (listening and port == "*")):
-        raise TransportError(f"{address!r} is no address: use tcp://HOST:PORT")
-    if not (config.insecure or config.curve_key or _is_loopback(host)):
-        raise TransportError(
-            f"{address} is not a loopback address, and nothing here is encrypted: take 127.0.0.1, give keys"
-            " (curve_key; `tensorferry keys` makes them), or set insecure=True (--insecure) on a network that"
-            " you trust"
-        )
-
-
-def on_this_host(address: str) -> bool:
-    """Whether who comes over an address surely runs under this kernel."""
-    scheme, _, rest = address.partition("://")
-    return scheme == "ipc" or _is_loopback(rest.rpartition(":")[0])
-
-
-def _check_ipc(path: str, *, listening: bool) -> None:
-    if path.startswith(("@", "*")) or "\0" in path:
-        raise TransportError(f"ipc://{path:.200}: use a path in the file system, whose mode guards it")
-    if len(os.fsencode(path)) > _LONGEST_IPC_PATH:
-        raise TransportError(
-            f"ipc://{path}: the path is longer than {_LONGEST_IPC_PATH} bytes; use a shorter one"
-        )
-    if not listening:
-        return
-    folder = Path(path).parent
-    if not folder.is_dir():
-        raise TransportError(f"cannot listen at ipc://{path}: there is no folder {folder}")
-    with suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise TransportError(f"cannot listen at ipc://{path}: a file that is no socket is there")
-    # zmq would take the path away from a living listener.
-    if _somebody_listens(path):
-        raise TransportError(f"cannot listen at ipc://{path}: somebody is listening there already")
-
-
-def _somebody_listens(path: str) -> bool:
-    with sockets.socket(sockets.AF_UNIX) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except BlockingIOError:  # a stopped process with a full queue
-            return True
-        except OSError:
-            return False
-        return True
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 # ------------------------------------------------------------------------------------ forks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -38,6 +39,33 @@ def peer(pid: int, address: str, name: str, options: Mapping[str, Any]) -> None:
     """Answer what comes, as the conformance suite's peers do."""
     enter(pid)
     serve(address, name, _fields(options))
+
+
+def who_asks_for_names(
+    pid: int, told: Connection, address: str, name: str, options: Mapping[str, Any]
+) -> None:
+    """A `peer` that tells of each name that is not known."""
+    enter(pid)
+    ask = socket.getaddrinfo
+
+    def asked(host: Any, *more: Any, **options: Any) -> Any:
+        try:
+            return ask(host, *more, **options)
+        except OSError:
+            told.send({"unknown": host})
+            raise
+
+    socket.getaddrinfo = asked
+    serve(address, name, _fields(options))
+
+
+def who_may_not_listen(pid: int, told: Connection, address: str) -> None:
+    """Tell why."""
+    enter(pid)
+    try:
+        transport.listen(address)
+    except transport.TransportError as error:
+        told.send({"error": str(error)})
 
 
 def front(
@@ -79,7 +107,7 @@ def _ask(endpoint: transport.Endpoint, count: int, nbytes: int) -> dict[str, Any
         "before": before,
         "seconds": seconds,
         "nbytes": statistics["nbytes"],
-        "connections": statistics["tcp"]["bulk"]["connections"],
+        "connections": bulk(endpoint)["connections"],
     }
 
 

@@ -139,12 +139,21 @@ def test_a_payload_for_two_peers_of_a_host_crosses_once_and_encrypted(keys: Keys
 def test_unknown_keys_get_nothing(keys: Keys, who: str, caplog: pytest.LogCaptureFixture) -> None:
     config = TransportConfig() if who == "nobody" else keys.connecting(who)
     with transport.listen(ADDRESS, config=keys.listening()) as front:
-        with pytest.raises(Timeout, match="takes no connection without a key that it knows"):
+        words = "only who has a key that it knows" if who == "nobody" else "not among its curve_clients"
+        with pytest.raises(Timeout, match=f"closes the connection during the handshake: .*{words}"):
             transport.connect(front.addresses[0], name=who, config=config, timeout=1.0)
         assert not front.peers
         assert front.statistics()["dropped"] == {}
     if who == "stranger":
         assert "its key is not in" in caplog.text
+
+
+def test_keys_for_who_has_none(keys: Keys) -> None:
+    with (
+        transport.listen(ADDRESS) as front,
+        pytest.raises(Timeout, match="closes the connection during the handshake: it has no keys"),
+    ):
+        transport.connect(front.addresses[0], name="rank", config=keys.connecting(), timeout=1.0)
 
 
 def test_a_key_that_is_added_or_taken_away_counts_at_once(keys: Keys) -> None:

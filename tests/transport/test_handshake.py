@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -194,12 +195,67 @@ def test_a_peer_that_died_is_named_with_the_reason(address: str) -> None:
         ("ipc://@abstract", "use a path in the file system"),
         ("tcp://0.0.0.0:0", "is not a loopback address, and nothing here is encrypted"),
         ("tcp://192.0.2.1:5000", "is not a loopback address"),
-        ("tcp://example.com:5000", "is not a loopback address"),
+        ("tcp://nohost.invalid:3", "cannot listen at .*: the name 'nohost.invalid' is not known here"),
+        ("tcp://" + "x" * 70 + ".com:3", "is not known here"),
+        ("tcp://127.0.0.1:99999", "is no address: a port is a number from 0 to 65535"),
     ],
 )
 def test_addresses_that_cannot_be_listened_at(address: str, words: str) -> None:
     with pytest.raises(transport.TransportError, match=words):
         transport.listen(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("tcp://127.0.0.1:0", "a port is a number from 1 to 65535"),
+        ("tcp://127.0.0.1:65536", "a port is a number from 1 to 65535"),
+        ("tcp://*:5000", "is no address to connect to"),
+    ],
+)
+def test_addresses_that_cannot_be_connected_to(address: str, words: str) -> None:
+    with pytest.raises(transport.TransportError, match=words):
+        transport.connect(address, name="r", timeout=0.1)
+
+
+def test_a_name_that_is_never_known() -> None:
+    with pytest.raises(
+        transport.Timeout,
+        match="'r' could not connect to tcp://nohost.invalid:5: the name 'nohost.invalid' is",
+    ):
+        transport.connect("tcp://nohost.invalid:5", name="r", timeout=0.1)
+
+
+def test_a_peer_is_shown_where_it_was_dialled() -> None:
+    with transport.listen("tcp://localhost:0", config=FRAMES) as front:
+        address = f"tcp://localhost:{front.addresses[0].rpartition(':')[2]}"
+        with ThreadPoolExecutor(1) as pool:
+            connecting = pool.submit(transport.connect, address, name="r", config=FRAMES, timeout=WAIT)
+            front.wait_for_peers({"r"}, timeout=WAIT)
+            with connecting.result(WAIT) as endpoint:
+                assert [info.address for info in endpoint.peers] == [address]
+
+
+def test_who_listens_closes_every_connection() -> None:
+    """As a proxy does that has nobody behind it."""
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+
+        def close_all() -> None:
+            while True:
+                accepted, _ = server.accept()
+                with accepted, suppress(ConnectionResetError):
+                    if accepted.recv(4) == b"done":
+                        return
+
+        closing = pool.submit(close_all)
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        try:
+            with pytest.raises(transport.Timeout, match="closes the connection .* it is no endpoint at all"):
+                transport.connect(address, name="r", config=FRAMES, timeout=0.5)
+        finally:
+            with socket.create_connection(server.getsockname()) as last:
+                last.sendall(b"done")
+            closing.result(WAIT)
 
 
 def test_another_host_may_be_dialled() -> None:

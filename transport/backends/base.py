@@ -33,8 +33,8 @@ Complete = Callable[[float], bool]
 class Peer(NamedTuple):
     """One link to one peer: the link's number, the peer's name and pid (0: unknown).
 
-    address: where the link runs: as it was dialled, or where this endpoint listens. dialled: whether this
-    endpoint made it.
+    address: where the link runs: as it was dialled, an address for a name, or where this endpoint listens.
+    dialled: whether this endpoint made it.
     """
 
     link: int
