@@ -187,7 +187,7 @@ def test_a_refusal_is_said_once_and_ends_it(registrar: Registrar, caplog: pytest
     with caplog.at_level(logging.WARNING, "tensorferry.transport"):
         pair = Pair(registrar, 2 * MIB)
         view = pair.send(MIB)
-        until(lambda: bool(registrar.state().refused), "the reason is known")
+        until(lambda: bool(registrar.state().refused and caplog.records), "the reason is known and said")
     assert "already mapped" in registrar.state().refused
     assert [record.message for record in caplog.records] == [
         f"rings are not registered with CUDA, copies to the device are slower: {registrar.state().refused}"

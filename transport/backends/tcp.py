@@ -369,7 +369,11 @@ class TcpInbound(Inbound):
             if channel.over:
                 why = channel.fault or "the link ended"
                 raise PeerGone(f"the bytes of {peer.name}'s tensor did not all come: {why}")
-            raise ProtocolError(f"transfer {where.transfer} of {peer.name} was taken already or given up")
+            if where.transfer in channel.arriving.given_up:
+                raise PeerGone(f"{peer.name} gave its tensor up before all bytes came: it closed its end")
+            raise ProtocolError(
+                f"transfer {where.transfer} of {peer.name} was taken already, or never announced"
+            )
         if not 0 <= where.index < len(arrays) or arrays[where.index].nbytes != nbytes:
             raise ProtocolError(f"tensor {where.index} of transfer {where.transfer} has no {nbytes} bytes")
         return arrays[where.index]

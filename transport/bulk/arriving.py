@@ -6,6 +6,7 @@ For the thread of a hub, except where it says otherwise.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -45,6 +46,9 @@ class Arriving:
     ) -> None:
         self.landed: dict[int, list[Bytes]] = {}
         self.done = 0
+        self.given_up: deque[int] = deque(
+            maxlen=config.max_queued_messages
+        )  # by the sender, before they landed
         self._peer = peer
         self._config = config
         self._landing = landing
@@ -227,15 +231,17 @@ class Arriving:
 
     def _forget(self, number: int) -> None:
         """A transfer that the sender gave up, or was told to be taken."""
+        if number in self._incoming:
+            self.given_up.append(number)  # before who waits for it finds it gone
         incoming = self._incoming.pop(number, None)
         nbytes = self.take(number)
         if incoming is not None and incoming.arrays is not None:
             nbytes = incoming.nbytes
         if nbytes:
             self._landing.taken(self._peer.link, nbytes)
-        if incoming is not None and not self._incoming:
-            self.done = max(self.done, number)
         if incoming is not None:
+            if not self._incoming:
+                self.done = max(self.done, number)
             self._open_placed()
 
     # ------------------------------------------------------------------ time
