@@ -424,6 +424,20 @@ class TestLimits:
                 assert here.next().sender == "large"
             here.stop()
 
+    def test_who_closes_before_its_bytes_came_is_gone(self) -> None:
+        """And has broken no rule, whichever of its last words is heard first."""
+        options = config(detour_bytes=1 << 16, linger=0.0)
+        with transport.listen(ADDRESS, config=options) as front:
+            with joined(front, "far", options) as far, ThreadPoolExecutor(1) as pool:
+                first = pool.submit(far.send, {"value": noise(3 * MIB)})
+                kept = front.receive(timeout=WAIT)
+                first.result(WAIT)
+                far.send({"value": noise(3 * MIB)})
+                until(lambda: "share of the ring is used up" in held_up(far))
+            with pytest.raises(PeerGone, match="far.* (gave its tensor up|tensor did not all come)"):
+                front.receive(timeout=WAIT)
+            assert same(kept.body["value"], noise(3 * MIB))
+
     def test_a_peer_that_comes_back_has_no_second_share(self) -> None:
         options = config(linger=0.0)
         with transport.listen(ADDRESS, config=options) as front:
