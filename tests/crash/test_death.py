@@ -497,6 +497,7 @@ def send_many(address: str, note: Path, messages: int) -> None:
     with transport.connect(address, name="peer", config=settings, timeout=WAIT) as endpoint:
         for number in range(messages):
             endpoint.send({"number": number}, to="front")
+        time.sleep(0.5)  # zmq's thread hands it to the kernel, which alone keeps it; nothing tells when
         note.touch()
         signal.pause()
 
