@@ -52,24 +52,28 @@ class Source:
         """Address of the first byte, if all lie in CPU memory just as they are to be sent; else None."""
         return None
 
-    def fill(self, destination: Bytes, *, threads: int = 1, progress: Progress | None = None) -> None:
+    def fill(
+        self, destination: Bytes, *, threads: int = 1, progress: Progress | None = None, step: int = 0
+    ) -> None:
         """Write all bytes into `destination`, uint8 [nbytes]: the one copy on the CPU.
 
         threads: how many copy at the same time, 1 MiB or more each. Strided torch tensors are the exception:
         torch splits those over threads of its own (`torch.set_num_threads`). When this returns or raises,
         no thread writes any more. progress: called in this thread with the number of bytes complete from
-        the start, growing up to nbytes. ValueError: a destination of another form.
+        the start, growing up to nbytes. step: bytes between two such calls, 0: as suits the copy.
+        ValueError: a destination of another form.
         """
         _check_destination(destination, self.nbytes)
         if not self._suits(destination):
             scratch = np.empty(self.nbytes, np.uint8)
             self.fill(scratch, threads=threads)
-            _Flat(TensorSpec("|u1", scratch.shape), self.nbytes, scratch).fill(destination, progress=progress)
+            flat = _Flat(TensorSpec("|u1", scratch.shape), self.nbytes, scratch)
+            flat.fill(destination, progress=progress, step=step)
             return
         workers = max(1, min(threads, self.nbytes // PARALLEL_PIECE)) if self._is_parallel() else 1
         limit = _round_up(-(-self.nbytes // workers), _PAGE)
         if progress is not None:
-            limit = min(limit, self._step(workers))
+            limit = min(limit, step or self._step(workers))
         if self.nbytes > limit and workers > 1:
             _write_parallel(self._pieces(limit), destination, workers, progress)
         elif self.nbytes > limit:

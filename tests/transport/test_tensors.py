@@ -416,6 +416,11 @@ def test_large_tensors_in_pieces(name: str, threads: int) -> None:
     steps = [after - before for before, after in itertools.pairwise([0, *seen])]
     assert all(0 < step <= 16 * MIB for step in steps)
     assert len(steps) > 1
+    seen.clear()
+    source.fill(destination, threads=threads, progress=progress, step=MIB)
+    steps = [after - before for before, after in itertools.pairwise([0, *seen])]
+    assert all(0 < step <= MIB for step in steps)
+    assert bytes(destination) == expected
     assert bytes(filled(tensor, threads=threads)) == expected
 
 

@@ -229,7 +229,7 @@ class TcpOutbound(Outbound):
             parcel = TcpParcel(sizes, transfers, self.hub, partial(self._give, nbytes, beside))
             try:
                 for index in unwritten:
-                    cargo.write(index, wanted[index], self.config.threads)
+                    cargo.write(index, wanted[index])
             except BaseException:
                 del cargo  # the traceback keeps this frame, which must not keep the room
                 parcel.cancel()

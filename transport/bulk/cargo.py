@@ -30,9 +30,12 @@ class Cargo:
         self._wake = wake
         self._missed = False
 
-    def write(self, index: int, source: Source, threads: int) -> None:
-        """Fill a piece, front to back, and say how far it is; raises what reading the source raises."""
-        source.fill(self.pieces[index], threads=threads, progress=partial(self._written, index))
+    def write(self, index: int, source: Source) -> None:
+        """Fill a piece, front to back, and say how far it is; raises what reading the source raises.
+
+        In this thread alone: it keeps ahead of a connection, and each thread more is in the way of the hub's.
+        """
+        source.fill(self.pieces[index], progress=partial(self._written, index), step=CHUNK_BYTES)
 
     def has(self, index: int, start: int) -> bool:
         """Whether the chunk that begins there is complete; the hub is woken when it is, if it was not."""
