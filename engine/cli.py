@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import logging
@@ -257,4 +258,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EngineError as error:
         _say(str(error))
         return _FAILED
+    except OSError as error:
+        if error.filename is not None or not _output_is_lost():
+            raise
+        if error.errno != errno.EPIPE:  # who closes the pipe, as `head` does, wants no more
+            _say(f"standard output can't be written: {error.strerror}")
+        return _FAILED
     return code if isinstance(code, int) else 0
+
+
+def _output_is_lost() -> bool:
+    """Whether standard output takes no end of line; if so, it is dropped from now on, also at the exit."""
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

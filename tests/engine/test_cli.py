@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -230,3 +231,22 @@ class TestSegments:
         assert f"would remove {name}\n" in tensorferry("sweep", "--dry-run").stdout
         assert f"removed {name}\n" in tensorferry("sweep").stdout
         assert name not in tensorferry("ps").stdout
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["--version"]], ids=" ".join)
+def test_standard_output_on_a_full_disk_is_said_in_a_line(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "engine", *arguments]
+    with Path("/dev/full").open("w") as full:
+        finished = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False, timeout=100
+        )
+    assert finished.returncode == 1
+    assert finished.stderr == "tensorferry: standard output can't be written: No space left on device\n"
+
+
+def test_who_reads_no_more_of_the_output_ends_the_command_quietly() -> None:
+    with python("-m", "engine", "--version") as command:
+        assert command.stdout is not None
+        command.stdout.close()
+        assert command.stderr is not None
+        assert (command.stderr.read(), command.wait(100)) == ("", 1)
