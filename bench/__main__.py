@@ -94,10 +94,12 @@ def main(
     chosen = {row.name: row for row in rows}
     every = [chosen.get(row.name, row) for row in every]
     rounds = (3 if quick else 7) if rounds is None else rounds
-    surroundings = {**machine.describe(), "rounds": str(rounds)}
+    # What is only shown may have been measured elsewhere, where rows have other arguments: with a GPU, say.
+    older = [report.read_json(piece, name, every if rounds else ()) for piece in pieces]
+    here = older[0][0] if older and not rounds else machine.describe()
+    surroundings = {**here, "rounds": str(rounds)}
     if quick:
         surroundings["quick"] = "not to be quoted"
-    older = [report.read_json(piece, name, every) for piece in pieces]
     for number, (there, _) in enumerate(older):
         surroundings[f"added {number + 1}"] = "; ".join(there[key] for key in ("date", "load", "command"))
     measured = [piece for _, piece in older]

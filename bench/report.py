@@ -152,9 +152,9 @@ def show(
 
 
 def read_json(path: Path, name: str, rows: Sequence[Row]) -> tuple[dict[str, str], list[Result]]:
-    """The machine and the results that `write_json` wrote for `name`; their rows are those of `rows`.
+    """The machine and the results that `write_json` wrote for `name`; their rows are those of `rows`, if there.
 
-    ValueError when the file is of another benchmark.
+    ValueError when the file is of another benchmark, or a row had other arguments than in `rows`.
     """
     document = json.loads(path.read_text())
     if document["benchmark"] != name:
@@ -170,11 +170,12 @@ def read_json(path: Path, name: str, rows: Sequence[Row]) -> tuple[dict[str, str
 
 
 def merge(pieces: Sequence[Sequence[Result]]) -> list[Result]:
-    """All rounds of all pieces, row by row."""
+    """All rounds of all pieces, row by row. ValueError when a row had other arguments in another piece."""
     rows: dict[str, Row] = {}
     outcomes: dict[str, list[Outcome]] = {}
     for result in (result for piece in pieces for result in piece):
-        rows.setdefault(result.row.name, result.row)
+        if rows.setdefault(result.row.name, result.row).arguments != result.row.arguments:
+            raise ValueError(f"{result.row.name} was measured with different arguments: these are two rows")
         outcomes.setdefault(result.row.name, []).extend(result.outcomes)
     return [Result(row=rows[name], outcomes=tuple(outcomes[name])) for name in rows]
 

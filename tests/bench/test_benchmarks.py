@@ -279,6 +279,29 @@ def test_slices_of_a_run_are_put_together(tmp_path: Path) -> None:
         report.read_json(file, "channel", other)
 
 
+def test_what_another_machine_measured_is_shown_as_its_own(tmp_path: Path) -> None:
+    row = channel.BENCHMARK.rows(True)[0]
+    values: dict[str, Json] = {kind: [1.0] for kind in ("floor", "column", "empty", "note")}
+    there = {**machine.describe(), "cpu": "Some Other CPU"}
+    files = []
+    for messages in (1, 2):
+        elsewhere = dataclasses.replace(row, arguments={**row.arguments, "messages": messages})
+        files.append(tmp_path / f"{messages}.json")
+        report.write_json(
+            files[-1],
+            "channel",
+            there,
+            channel.BENCHMARK,
+            [Result(row=elsewhere, outcomes=[_good(values)])],
+        )
+    shown = CliRunner().invoke(command, ["channel", "--rounds", "0", "--add", str(files[0])])
+    assert shown.exit_code == 0
+    assert "Some Other CPU" in shown.output
+    mixed = [word for file in files for word in ("--add", str(file))]
+    refused = CliRunner().invoke(command, ["channel", "--rounds", "0", *mixed])
+    assert "different arguments" in str(refused.exception)
+
+
 def _without_tables(benchmark: report.Benchmark) -> report.Benchmark:
     return dataclasses.replace(benchmark, show=lambda results: [])
 
