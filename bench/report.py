@@ -152,7 +152,7 @@ def show(
 
 
 def read_json(path: Path, name: str, rows: Sequence[Row]) -> tuple[dict[str, str], list[Result]]:
-    """The machine and the results that `write_json` wrote for `name`; their rows are those of `rows`, if there.
+    """The machine and the results that `write_json` wrote for `name`; rows are those of `rows`, if there.
 
     ValueError when the file is of another benchmark, or a row had other arguments than in `rows`.
     """

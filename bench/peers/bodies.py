@@ -17,9 +17,12 @@ warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not
 
 
 def split(body: Body) -> tuple[bytes, list[torch.Tensor]]:
-    """A body as its head, msgpack, and the tensors under its key "tensors"."""
+    """A body as its head, msgpack, and the tensors under its key "tensors", in a list of their own.
+
+    Of their own, because the caller empties its list after the send, and who keeps tensors keeps them then.
+    """
     plain = {key: value for key, value in body.items() if key != "tensors"}
-    return msgspec.msgpack.encode(plain), body.get("tensors", [])
+    return msgspec.msgpack.encode(plain), list(body.get("tensors", ()))
 
 
 def join(head: Any, tensors: Sequence[torch.Tensor]) -> Body:

@@ -94,7 +94,7 @@ class Near:
             zmq.Context.instance(), f"ipc://{folder}/in", zmq.ROUTER, bind=True
         )
         self._back = pair(f"ipc://{folder}/back", bind=True)
-        # Keeps tensors until zmq has sent them, as MPClient.pending_messages does.
+        # Keeps a whole request until the next send after zmq is done with all of it, as MPClient does.
         self._pending: deque[tuple[Any, object]] = deque()
         # ROUTER drops what is for an identity that it has not heard from.
         if not self._socket.poll(int(START_TIMEOUT * 1000)):

@@ -1,0 +1,79 @@
+"""The peers' rows: they keep what the peer keeps, and a wrong or dying far end is a failed row."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import zmq
+
+from bench import ways
+from bench.links import Link
+from bench.peers.bodies import split
+
+# Greets as vLLM's engine does, then is stopped, so that zmq can't be done with what is sent to it.
+ENGINE = """
+import sys, zmq
+socket = zmq.Context().socket(zmq.DEALER)
+socket.identity = b"\\0\\0"
+socket.connect(f"ipc://{sys.argv[1]}/in")
+socket.send(b"READY")
+sys.stdin.read()
+"""
+
+
+def test_tensors_of_a_split_body_stay_when_the_caller_empties_its_list() -> None:
+    tensors = [torch.arange(3)]
+    _, kept = split({"n": 1, "tensors": tensors})
+    tensors.clear()
+    assert [tensor.tolist() for tensor in kept] == [[0, 1, 2]]
+
+
+def _needed(way: str) -> None:
+    """Skip where what this way needs is not installed. vLLM as a whole must not be imported to find out."""
+    lacking = ways.lacking(way)
+    if lacking is not None:
+        pytest.skip(lacking)
+
+
+@pytest.fixture
+def engine(short_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that connects as vLLM's engine does."""
+    with subprocess.Popen([sys.executable, "-c", ENGINE, str(short_path)], stdin=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_vllm_keeps_the_images_of_a_request_until_the_send_after_it_is_sent(
+    short_path: Path, engine: subprocess.Popen[bytes]
+) -> None:
+    _needed("vllm rpc")
+    from bench.peers import vllm
+
+    near = vllm.Near(short_path, None)
+    try:
+        _send_and_empty(near, engine)
+        ((tracker, request),) = near._pending
+        assert not tracker.done
+        assert isinstance(request, vllm.Request)
+        assert [tensor.nbytes for tensor in request.tensors] == [8 << 20] * 2
+    finally:
+        engine.kill()
+        near._socket.close(linger=0)
+        near._back.close()
+        zmq.Context.instance().term()
+
+
+def _send_and_empty(near: Link, engine: subprocess.Popen[bytes]) -> None:
+    os.kill(engine.pid, signal.SIGSTOP)
+    tensors = [torch.zeros(1 << 20, dtype=torch.int64) for _ in range(2)]
+    near.send({"prompt": 1, "tensors": tensors})
+    tensors.clear()
