@@ -55,8 +55,9 @@ check: .venv/installed ## lint, format, types
 	$(BIN)/mypy
 
 bench: .venv/installed ## the benchmarks, hours in all; BENCH="table" ARGS="--quick"
-	set -e; python=$(BIN)/python; test ! -e .venv-peers/installed || python=.venv-peers/bin/python; \
-	for name in $(BENCH); do $$python -m bench $$name $(ARGS); done
+	status=0; python=$(BIN)/python; test ! -e .venv-peers/bin/python || python=.venv-peers/bin/python; \
+	for name in $(BENCH); do $$python -m bench $$name $(ARGS) || { status=1; echo "make bench: $$name failed" >&2; }; done; \
+	exit $$status
 
 bench-peers: .venv-peers/installed ## vLLM (without CUDA), Ray, iceoryx2 and zenoh for the benchmarks to run beside
 
@@ -77,15 +78,21 @@ clean: ## remove what make made
 	$(PIP) install -c $(PINS) --only-binary atheris -e '.[fuzz]' || echo "no atheris for this machine: no fuzzing by coverage"
 	touch $@
 
-# On top of .venv, by a path file: torch is not installed twice. vLLM without what it depends on, which is gigabytes of CUDA:
-# the benchmarks use the few of its modules that carry tensors (bench/peers/vllm.py).
+# On top of .venv, by a path file: torch is not installed twice. Each peer by itself, so that one without a wheel for this
+# Python costs no other; the next `make bench-peers` tries it again. vLLM without what it depends on, which is gigabytes of
+# CUDA: the benchmarks use the few of its modules that carry tensors (bench/peers/vllm.py), and what those import.
+PEERS := eclipse-zenoh iceoryx2 ray
+VLLM_NEEDS := aiohttp cloudpickle pybase64 pydantic regex requests uvloop
+INSTALL_PEER = $(PIP) --python .venv-peers/bin/python install --only-binary :all: -c $(PINS) -c bench/peers/requirements.txt
+
 .venv-peers/installed: .venv/installed bench/peers/requirements.txt
 	$(BIN)/python -m venv --without-pip .venv-peers
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
 		"$$(.venv-peers/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
-	$(PIP) --python .venv-peers/bin/python install -c $(PINS) -r bench/peers/requirements.txt
-	$(PIP) --python .venv-peers/bin/python install --no-deps vllm==$(VLLM)
-	touch $@
+	all=touch; missing() { all=:; echo "no $$1 for this Python: its rows are not here"; }; \
+	for peer in $(PEERS); do $(INSTALL_PEER) $$peer || missing $$peer; done; \
+	{ $(INSTALL_PEER) $(VLLM_NEEDS) && $(INSTALL_PEER) --no-deps vllm==$(VLLM); } || missing vllm; \
+	$$all $@
 
 # vLLM's wheel without what it requires for CUDA, beside the CPU build of torch. Another version takes the place of the one there.
 .venv-vllm/vllm-$(VLLM): BIN := .venv-vllm/bin

@@ -1,0 +1,70 @@
+"""`make bench` and `make bench-peers` go on after what fails, and say so."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from bench.harness import ROOT
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def make(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """make with this checkout's Makefile, in `folder`, as if .venv were there and up to date."""
+    command = ["make", "-f", str(ROOT / "Makefile"), "-o", ".venv/installed", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def environment(folder: Path) -> Path:
+    """A .venv in `folder` that is the one that runs the tests."""
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+def test_benchmarks_after_one_that_fails_are_run_and_the_status_tells(tmp_path: Path) -> None:
+    folder = environment(tmp_path)
+    # Run where `bench` is a package of one file: what matters is which are run, not what they measure.
+    (folder / "bench").mkdir()
+    (folder / "bench" / "__init__.py").touch()
+    (folder / "bench" / "__main__.py").write_text(
+        "import sys\nprint('ran', *sys.argv[1:])\nsys.exit(sys.argv[1] == 'bad')\n"
+    )
+    done = make(folder, "bench", "BENCH=good bad other", "ARGS=--quick")
+    ran = [line for line in done.stdout.splitlines() if line.startswith("ran")]
+    assert ran == ["ran good --quick", "ran bad --quick", "ran other --quick"]
+    assert done.returncode != 0
+    assert "make bench: bad failed" in done.stderr
+    assert make(folder, "bench", "BENCH=good").returncode == 0
+
+
+@pytest.mark.stress
+def test_peer_without_a_wheel_is_a_line_and_the_others_are_installed(tmp_path: Path) -> None:
+    folder, wheels = environment(tmp_path), tmp_path / "wheels"
+    wheels.mkdir()
+    _wheel(wheels, "eclipse_zenoh", "1.10.2")
+    shutil.copytree(ROOT / "bench" / "peers", folder / "bench" / "peers")
+    shutil.copy(ROOT / "constraints.txt", folder)
+    done = make(folder, "bench-peers", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels))
+    assert done.returncode == 0, done.stderr
+    missing = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("no ")}
+    assert missing - {"ray"} == {"iceoryx2", "vllm"}  # a developer's .venv may have Ray
+    there = [path.name for path in (folder / ".venv-peers").glob("lib/python*/site-packages/*.dist-info")]
+    assert there == ["eclipse_zenoh-1.10.2.dist-info"]
+    assert not (folder / ".venv-peers" / "installed").exists(), "the next time tries the others again"
+
+
+def _wheel(folder: Path, name: str, version: str) -> None:
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
