@@ -141,6 +141,7 @@ def _run_once(row: Row, *, round_: int, position: int) -> Outcome:
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="tfbench.") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
+        stack.callback(_remove_segments, folder)
         children = [stack.enter_context(_started(row, role, folder)) for role in row.parts]
         pids = [child.process.pid for child in children]
         sampler = stack.enter_context(sampling(pids, folder)) if row.sample_memory else None
@@ -156,6 +157,12 @@ def _run_once(row: Row, *, round_: int, position: int) -> Outcome:
     seconds = time.monotonic() - start
     kept = values if failure is None else {}
     return Outcome(round=round_, position=position, seconds=seconds, values=kept, failure=failure)
+
+
+def _remove_segments(folder: Path) -> None:
+    """What a part that died left in /dev/shm under the name of the row's folder."""
+    for segment in Path("/dev/shm").glob(f"{folder.name}.*"):
+        segment.unlink(missing_ok=True)
 
 
 def _refusal(row: Row, values: Mapping[str, Json]) -> str | None:

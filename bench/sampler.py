@@ -7,11 +7,12 @@ One sample is a sum over the processes given and their descendants:
 
 - `anon` and `file`: Pss_Anon and Pss_File of /proc/PID/smaps_rollup. The proportional set size splits a
   shared page over the processes that map it, so that the sum counts it once.
-- `shared`: the bytes allocated (st_blocks) to the files in /dev/shm that any of these processes maps, or,
-  where they map none, the sum of Pss_Shmem. Allocated pages that nobody has touched yet are in no PSS but
-  are memory all the same, and the PSS of several processes, read one after the other while pages are being
-  mapped, counts some twice: so the files, where there are any. For rows that share both kinds at once
-  (vLLM's: files without a name, memory pinned by CUDA) there is `--mixed`: whichever is more.
+- `shared`: the bytes allocated (st_blocks) to the files in /dev/shm that any of these processes maps or whose
+  names begin with FOLDER's, or, where there are none, the sum of Pss_Shmem. Allocated pages that nobody has
+  touched yet are in no PSS but are memory all the same, and the PSS of several processes, read one after the
+  other while pages are being mapped, counts some twice: so the files, where there are any. For rows that
+  share both kinds at once (vLLM's: files without a name, memory pinned by CUDA) there is `--mixed`: whichever
+  is more.
 
 Not counted: socket buffers in the kernel (zmq over ipc keeps at most a few hundred KiB there) and the
 sampler itself, whoever started it.
@@ -61,16 +62,22 @@ def proportional(pid: int) -> tuple[int, int, int]:
 
 
 class Segments:
-    """The files in /dev/shm that belong to a process tree, found by who maps them."""
+    """The files in /dev/shm that belong to a process tree, found by who maps them.
 
-    def __init__(self) -> None:
+    One that is to be counted while nobody maps it, too, has a name that begins with `prefix`.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
         self._ours: set[str] = set()
 
     def allocated(self, pids: Sequence[int]) -> int:
-        """Bytes allocated to the named files that any of ``pids`` maps or has mapped."""
+        """Bytes allocated to the named files that ``pids`` map or have mapped, and to those of the prefix."""
         total = 0
         with os.scandir(_SHM) as entries:
             found = {entry.name: entry for entry in entries}
+        if self._prefix:
+            self._ours |= {name for name in found if name.startswith(self._prefix)}
         # Reading the maps of a process with torch costs about a millisecond: only for names not yet known.
         if found.keys() - self._ours:
             self._ours |= found.keys() & mapped(pids)
@@ -114,14 +121,14 @@ def wait_for_samples(folder: Path, count: int, *, timeout: float) -> None:
 def main(folder: Path, pids: Sequence[int], *, mixed: bool) -> None:
     """Sample until standard input closes, then print everything as JSON."""
     with folder.joinpath(_TAKEN).open("wb", buffering=0) as taken:
-        samples = _sample_until_closed(pids, taken, mixed=mixed)
+        samples = _sample_until_closed(pids, taken, Segments(f"{folder.name}."), mixed=mixed)
     json.dump({"interval": INTERVAL, "columns": COLUMNS, "samples": samples}, sys.stdout)
 
 
 def _sample_until_closed(
-    pids: Sequence[int], taken: IO[bytes], *, mixed: bool
+    pids: Sequence[int], taken: IO[bytes], segments: Segments, *, mixed: bool
 ) -> list[tuple[float, int, int, int]]:
-    segments, samples = Segments(), []
+    samples = []
     due = time.monotonic()
     while True:
         samples.append(sample(pids, segments, mixed=mixed))

@@ -1,14 +1,17 @@
-"""One multiprocessing.shared_memory segment for each tensor, made, filled, announced, mapped and unlinked.
+"""One multiprocessing.shared_memory segment for each tensor: made, filled, announced, mapped and unlinked.
 
-What SGLang does: the reader maps it privately, copy on write, and is the one who unlinks.
+What SGLang does: the sender closes its own mapping as soon as it has copied, the reader maps the segment
+privately, copy on write, and is the one who unlinks. In between nobody maps it, so the names begin with that
+of the row's folder, by which the memory sampler knows them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import mmap
 import os
 import weakref
-from collections import deque
 from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
 
@@ -24,36 +27,37 @@ _SHM = Path("/dev/shm")
 class SegmentLink:
     """Names travel in the message, over zmq PAIR."""
 
-    def __init__(self, socket: floor.Pair) -> None:
+    def __init__(self, folder: Path, socket: floor.Pair) -> None:
         self._socket = socket
-        # Kept mapped until answered, so that the memory sampler can tell whose they are.
-        self._outstanding: deque[list[shared_memory.SharedMemory]] = deque()
+        self._names = (f"{folder.name}.{os.getpid()}.{number}" for number in itertools.count())
 
     def send(self, body: links.Body) -> None:
-        """A fresh segment for each tensor: its pages are reserved first, as a full /dev/shm must not kill."""
+        """A fresh segment for each tensor, which only its name leads to when this returns."""
         head, tensors = split(body)
-        segments = [self._filled(tensor) for tensor in tensors]
-        self._outstanding.append(segments)
-        self._socket.send_multipart([head, *(segment.name.encode() for segment in segments)])
+        names = [self._filled(tensor).encode() for tensor in tensors]
+        self._socket.send_multipart([head, *names])
 
-    def _filled(self, tensor: torch.Tensor) -> shared_memory.SharedMemory:
-        segment = shared_memory.SharedMemory(create=True, size=tensor.nbytes)
-        # The reader unlinks it; Python's tracker would do so at exit, with a warning.
-        resource_tracker.unregister(f"/{segment.name.lstrip('/')}", "shared_memory")
-        with open(_SHM / segment.name.lstrip("/"), "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
-        assert segment.buf is not None
-        np.copyto(np.frombuffer(segment.buf, np.int64), tensor.numpy())
-        return segment
+    def _filled(self, tensor: torch.Tensor) -> str:
+        name = next(self._names)
+        with contextlib.closing(
+            shared_memory.SharedMemory(name=name, create=True, size=tensor.nbytes)
+        ) as segment:
+            # The reader unlinks it; Python's tracker would do so at exit, with a warning.
+            resource_tracker.unregister(f"/{name}", "shared_memory")
+            with open(_SHM / name, "r+b") as file:
+                # Its pages are reserved first, as a full /dev/shm must not kill.
+                os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+            assert segment.buf is not None
+            np.copyto(np.frombuffer(segment.buf, np.int64), tensor.numpy())
+        return name
 
     def receive(self) -> links.Body:
-        """Private mappings of the segments, which are unlinked when the last view of each is gone."""
+        """Private mappings of the segments, which are unlinked when the last view of each is gone.
+
+        SGLang unlinks when it has mapped: the memory is the same, and here the sampler sees it by its name.
+        """
         head, *names = self._socket.recv_multipart()
-        body = join(head, [_mapped(_SHM / name.decode().lstrip("/")) for name in names])
-        if self._outstanding:
-            for segment in self._outstanding.popleft():
-                segment.close()
-        return body
+        return join(head, [_mapped(_SHM / name.decode()) for name in names])
 
     def check_way(self) -> None:
         """There is one way only."""
@@ -72,9 +76,9 @@ def _mapped(path: Path) -> torch.Tensor:
 
 def open_near(folder: Path, way: str, *, nbytes: int, count: int) -> links.Link:
     """The end that binds."""
-    return SegmentLink(floor.pair(f"ipc://{folder}/near", bind=True))
+    return SegmentLink(folder, floor.pair(f"ipc://{folder}/near", bind=True))
 
 
 def open_far(folder: Path, way: str, *, nbytes: int, count: int) -> links.Link:
     """The end that connects."""
-    return SegmentLink(floor.pair(f"ipc://{folder}/near", bind=False))
+    return SegmentLink(folder, floor.pair(f"ipc://{folder}/near", bind=False))

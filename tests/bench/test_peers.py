@@ -13,9 +13,12 @@ import pytest
 import torch
 import zmq
 
-from bench import ways
+from bench import sampler, ways
 from bench.links import Link
+from bench.peers import segments
 from bench.peers.bodies import split
+
+MIB = 1 << 20
 
 # Greets as vLLM's engine does, then is stopped, so that zmq can't be done with what is sent to it.
 ENGINE = """
@@ -33,6 +36,34 @@ def test_tensors_of_a_split_body_stay_when_the_caller_empties_its_list() -> None
     _, kept = split({"n": 1, "tensors": tensors})
     tensors.clear()
     assert [tensor.tolist() for tensor in kept] == [[0, 1, 2]]
+
+
+def test_a_segment_is_counted_while_nobody_maps_it_and_gone_when_the_reader_drops_it(
+    short_path: Path,
+) -> None:
+    near = segments.open_near(short_path, "segment", nbytes=MIB, count=1)
+    far = segments.open_far(short_path, "segment", nbytes=MIB, count=1)
+    seen = sampler.Segments(f"{short_path.name}.")
+    try:
+        near.send({"n": 1, "tensors": [torch.arange(MIB // 8)]})
+        assert short_path.name not in _maps(), "the sender has closed its own"
+        assert seen.allocated([]) == MIB
+        body = far.receive()
+        assert torch.equal(body["tensors"][0], torch.arange(MIB // 8))
+        assert seen.allocated([os.getpid()]) == MIB
+        del body
+        assert seen.allocated([os.getpid()]) == 0
+        assert short_path.name not in _maps()
+    finally:
+        near.close()
+        far.close()
+        zmq.Context.instance().term()
+
+
+def _maps() -> str:
+    return "".join(
+        line for line in Path("/proc/self/maps").read_text().splitlines(True) if "/dev/shm" in line
+    )
 
 
 def _needed(way: str) -> None:
