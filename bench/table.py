@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import mmap
 import os
 import time
@@ -51,6 +52,9 @@ CONSUMERS: Mapping[str, float] = {"drain": 0.0, "20 ms": 0.02}
 # The ring grows in steps of 16 MiB and is one step ahead.
 RING_STEP = 2 * 16 << 20
 HOLD = 20
+# Seconds between two samples, and part of a layout's time: a row that was unseen for longer than both is
+# refused. The kernel answers late while a process that is asked about gets or gives back much memory.
+LONGEST_GAP, LONGEST_PART = 0.1, 0.25
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _WARM = 64 << 10
 
@@ -207,12 +211,27 @@ def _rows(quick: bool) -> list[Row]:
 
 
 def _accept(values: Mapping[str, Json]) -> None:
-    """ValueError unless there are samples of idle processes and of every layout."""
+    """ValueError unless there are samples of idle processes, and of every layout without a long gap."""
     figures = values["layouts"]
     assert isinstance(figures, Mapping)
     for layout in figures:
-        if not len(above_idle(_of(values, layout))):
+        own = _of(values, layout)
+        if not len(above_idle(own)):
             raise ValueError(f"no sample in {layout}")
+        gap, took = longest_gap(own), number(own["to"]) - number(own["from"])
+        if gap > max(LONGEST_GAP, LONGEST_PART * took):
+            raise ValueError(f"{layout}: memory was not sampled for {gap * 1000:.0f} ms of {took:.2f} s")
+
+
+def longest_gap(values: Mapping[str, Json]) -> float:
+    """Seconds of a layout, from its beginning to its end, for which its memory was not sampled."""
+    memory = values["memory"]
+    assert isinstance(memory, Mapping)
+    samples = memory["samples"]
+    assert isinstance(samples, Sequence)
+    start, end = number(values["from"]), number(values["to"])
+    times = [at for sample in samples if start <= (at := numbers(sample)[0]) <= end]
+    return max(after - before for before, after in itertools.pairwise([start, *times, end]))
 
 
 def _of(values: Mapping[str, Json], layout: str) -> dict[str, Json]:
@@ -275,13 +294,24 @@ def _show(results: Sequence[Result]) -> list[Grid]:
         if not chosen:
             continue
         grids += [
-            table(f"{what}: peak memory in GB, and seconds", chosen, ("column", "layout"), _both),
+            dataclasses.replace(
+                table(f"{what}: peak memory in GB, and seconds", chosen, ("column", "layout"), _both),
+                notes=_sampled(chosen),
+            ),
             table(f"{what}: seconds, lowest..highest round / whole", chosen, ("column", "layout"), _range),
             table(f"{what}: CPU seconds / 1,000 page faults", chosen, ("column", "layout"), _cost),
         ]
     if grids:
         grids[-1] = dataclasses.replace(grids[-1], notes=_verdicts(results))
     return grids
+
+
+def _sampled(results: Sequence[Result]) -> list[str]:
+    """How long the memory sampler saw nothing, at worst."""
+    gaps = [(r.spread(longest_gap).high, r.row.name) for r in results if r.failure is None]
+    return [
+        f"longest time between two samples: {gap * 1000:.0f} ms ({name})." for gap, name in sorted(gaps)[-1:]
+    ]
 
 
 def _both(result: Result) -> str:

@@ -247,6 +247,22 @@ def test_a_layout_has_the_memory_of_its_own_time() -> None:
     assert peaks == {layout: pytest.approx(0.1 * at) for at, layout in enumerate(table.LAYOUTS, 1)}
 
 
+def test_a_layout_whose_memory_was_not_seen_for_long_is_refused() -> None:
+    (row,) = (row for row in table.BENCHMARK.rows(False) if row.name == "shm, drain")
+    values = dict(_table_values(1.0))
+    seen = [[at / 20, 1.0, 1.0, 1.0] for at in range(140)]
+    values["memory"] = {"samples": seen}
+    assert row.accept is not None
+    row.accept(values)
+    values["memory"] = {"samples": [sample for sample in seen if not 1.88 < sample[0] < 2.22]}
+    with pytest.raises(ValueError, match=r"4x8: memory was not sampled for 400 ms of 0\.80 s"):
+        row.accept(values)
+    good = Result(row=row, outcomes=[_good(values)])
+    assert (
+        "longest time between two samples: 400 ms (4x8 shm, drain)." in table.BENCHMARK.show([good])[0].notes
+    )
+
+
 def test_peer_that_is_not_there_is_a_line_and_no_failure() -> None:
     row = dataclasses.replace(table.BENCHMARK.rows(True)[0], lacking="vllm is not installed")
     (result,) = run([row], rounds=2)
