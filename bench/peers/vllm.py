@@ -25,7 +25,7 @@ import zmq
 
 from bench.floor import TIMEOUT, Pair, pair
 from bench.links import Body
-from bench.part import Report
+from bench.part import Report, WrongAnswerError
 from bench.peers import spawned
 from bench.peers.bodies import join, split
 
@@ -135,6 +135,8 @@ class Far:
     def __init__(self, folder: Path, queue: Queue[Any] | None) -> None:
         serial = load("vllm.v1.serial_utils")
         receiver = load("vllm.v1.engine.tensor_ipc").TensorIpcReceiver(queue) if queue is not None else None
+        # Whether tensors travel as frames beside the message.
+        self._beside = queue is None
         self._decoder = serial.MsgpackDecoder(self.message_type(), oob_tensor_provider=receiver)
         network = load("vllm.utils.network_utils")
         self._socket: Pair = network.make_zmq_socket(
@@ -148,11 +150,18 @@ class Far:
         return Request
 
     def receive(self) -> Body:
-        """As process_input_sockets."""
+        """As process_input_sockets. `WrongAnswerError` if a tensor came another way than is measured.
+
+        vLLM's sender goes over to the socket, with no more than a warning, when it can't use its queue.
+        """
         if not self._socket.poll(int(START_TIMEOUT * 1000)):
             raise TimeoutError(f"no request in {START_TIMEOUT:g} s")
         _type, *frames = self._socket.recv_multipart(copy=False)
-        return self._body(self._decoder.decode(frames))
+        body = self._body(self._decoder.decode(frames))
+        expected = 1 + (len(body.get("tensors", ())) if self._beside else 0)
+        if len(frames) != expected:
+            raise WrongAnswerError(f"not the way that is measured: {len(frames)} frames came, not {expected}")
+        return body
 
     def _body(self, request: Any) -> Body:
         return join(request.head, request.tensors)
@@ -162,7 +171,7 @@ class Far:
         self._back.send(split(body)[0])
 
     def check_way(self) -> None:
-        """There is one way only."""
+        """Every message was looked at as it came."""
 
     def close(self) -> None:
         """Close both sockets."""
@@ -198,6 +207,7 @@ class StoreFar(Far):
 
     def __init__(self, folder: Path, handle: Any) -> None:
         super().__init__(folder, None)
+        self._beside = False
         storage = load("vllm.distributed.device_communicators.shm_object_storage")
         self._store = storage.SingleWriterShmObjectStorage.create_from_handle(_handle(storage, handle))
         # Where there is no platform of vLLM's, it believes that memory can be pinned.

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing import resource_sharer
+from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
+import torch.multiprocessing
 import zmq
 
 from bench import sampler, ways
 from bench.links import Link
+from bench.part import WrongAnswerError
 from bench.peers import segments
 from bench.peers.bodies import split
 
@@ -89,22 +94,46 @@ def test_vllm_keeps_the_images_of_a_request_until_the_send_after_it_is_sent(
     _needed("vllm rpc")
     from bench.peers import vllm
 
-    near = vllm.Near(short_path, None)
-    try:
+    with closing_sockets(near := vllm.Near(short_path, None)):
         _send_and_empty(near, engine)
         ((tracker, request),) = near._pending
         assert not tracker.done
         assert isinstance(request, vllm.Request)
-        assert [tensor.nbytes for tensor in request.tensors] == [8 << 20] * 2
-    finally:
+        assert [tensor.nbytes for tensor in request.tensors] == [8 * MIB] * 2
         engine.kill()
-        near._socket.close(linger=0)
-        near._back.close()
-        zmq.Context.instance().term()
 
 
 def _send_and_empty(near: Link, engine: subprocess.Popen[bytes]) -> None:
     os.kill(engine.pid, signal.SIGSTOP)
-    tensors = [torch.zeros(1 << 20, dtype=torch.int64) for _ in range(2)]
+    tensors = [torch.zeros(MIB, dtype=torch.int64) for _ in range(2)]
     near.send({"prompt": 1, "tensors": tensors})
     tensors.clear()
+
+
+def test_vllm_that_goes_over_from_its_queue_to_the_socket_is_a_wrong_answer(short_path: Path) -> None:
+    _needed("vllm torch_shm")
+    from bench.peers import vllm
+
+    queue: Queue[Any] = torch.multiprocessing.get_context("spawn").Queue()
+    far = vllm.Far(short_path, queue)
+    with closing_sockets(near := vllm.Near(short_path, queue), far):
+        near.send({"n": 1, "tensors": [torch.arange(1 << 10)]})
+        assert far.receive()["tensors"][0].is_shared()
+        queue.close()  # what the sender puts is refused from now on
+        near.send({"n": 2, "tensors": [torch.arange(1 << 10)]})
+        with pytest.raises(WrongAnswerError, match="2 frames came, not 1"):
+            far.receive()
+    queue.join_thread()
+    resource_sharer.stop(timeout=10)  # what torch passed descriptors with
+
+
+@contextlib.contextmanager
+def closing_sockets(*ends: Any) -> Iterator[None]:
+    """The sockets of vLLM's ends are closed in the end, whatever waits in them, and their context."""
+    try:
+        yield
+    finally:
+        for end in ends:
+            end._socket.close(linger=0)
+            end._back.close(linger=0)
+        zmq.Context.instance().term()
