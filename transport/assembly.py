@@ -119,7 +119,11 @@ class Slice(Source):
         *,
         threads: int = 1,  # noqa: ARG002  # a range is copied by one thread
         progress: Callable[[int], None] | None = None,
+        step: int = 0,
     ) -> None:
-        self._whole.fill_range(destination, self._start, self._start + self.nbytes)
-        if progress is not None:
-            progress(self.nbytes)
+        step = step or max(1, self.nbytes)
+        for begin in range(0, self.nbytes, step):
+            end = min(begin + step, self.nbytes)
+            self._whole.fill_range(destination[begin:end], self._start + begin, self._start + end)
+            if progress is not None:
+                progress(end)
