@@ -2,7 +2,9 @@
 
 `register` is called by vLLM (group `vllm.general_plugins`) in every process. It hooks a few of vLLM's
 functions; without `{"tensorferry": {...}}` in the configuration every hook passes straight through. Where
-vLLM's inside is not what is known here, that hop is left alone and a warning says what is missing.
+vLLM's inside is not what is known here, that hop is left alone and a warning says what is missing. A hook
+takes whatever arguments vLLM gives and hands them on as they came; what fails in our part of it ends there
+(`engine/vllm/guard.py`).
 
 Hop 1: an `OOBTensorConsumer` on the encoder of an `MPClient` and a provider on its `EngineCoreProc`, which is
 how vLLM lets tensors go beside its messages. Hop 2: the executor's `MessageQueue` pickles a tensor as a call
@@ -20,12 +22,16 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from enum import Enum
+from importlib import metadata
 from multiprocessing import util
 from typing import Any
 
 import torch
 
+from engine.vllm import points
+from engine.vllm.guard import Around, Harmless, pick
 from engine.vllm.roles import Core, Front, Worker
 from engine.vllm.settings import Settings, settings_of, sweep
 from transport import RateLimit
@@ -43,9 +49,13 @@ def register() -> None:
     """Hook vLLM; safe to call again. Never raises: vLLM runs on without."""
     for name, hook in _HOOKS.items():
         try:
-            hook()
-        except (ImportError, AttributeError) as error:
-            _log.warning("tensorferry: %s is not as known here (%s); it goes vLLM's way", name, error)
+            if hook():
+                points.hooked[name] = ""
+        except Exception as error:  # noqa: BLE001  # an import may raise anything
+            odd = not isinstance(error, ImportError | AttributeError)
+            points.hooked[name] = str(error)
+            text = "tensorferry: %s is not as known here (%s); it goes vLLM's way"
+            _log.warning(text, name, error, exc_info=odd)
 
 
 def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
@@ -65,37 +75,59 @@ def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 # ---------------------------------------------------------------------- the front end
 
 
-def _hook_front() -> None:
-    if (
-        "vllm.engine.arg_utils" not in sys.modules
-    ):  # a process that has no engine, such as one that looks at models
-        return
-    from vllm.v1.engine.core_client import AsyncMPClient, MPClient, SyncMPClient
-    from vllm.v1.metrics.loggers import LoggingStatLogger
+def _has_engines() -> bool:
+    """Not so a process that has none, such as one that looks at models."""
+    return "vllm.engine.arg_utils" in sys.modules
 
-    for client in (SyncMPClient, AsyncMPClient):
-        _wrap(client, "_send_input", _client_sends)
-    _wrap(LoggingStatLogger, "log", _statistics_logged)
-    _wrap(MPClient, "__init__", _client_made)  # last: where one of the others is missing, no ring is made
-    _sweep_at_exit()
+
+def _hook_options() -> bool:
+    if not _has_engines():
+        return False
+    points.require(points.OPTIONS)
+    from vllm.engine.arg_utils import EngineArgs
+
+    _wrap(EngineArgs, "create_engine_config", _options_given)
+    return True
+
+
+def _options_given(original: Callable[..., Any], given: Any, *arguments: Any, **named: Any) -> Any:
+    """ValueError, which is for who wrote them, before anything is loaded."""
+    if settings_of(getattr(given, "additional_config", None)) is not None:
+        with Harmless("what is done at the end"):
+            _sweep_at_exit()
+    return original(given, *arguments, **named)
 
 
 @functools.cache
 def _sweep_at_exit() -> None:
     """Several API servers are killed by `vllm serve` at its end: their rings go when they are gone."""
-    util.Finalize(None, sweep, exitpriority=-1)  # below 0: after multiprocessing waited for its own
+    util.Finalize(None, _sweep, exitpriority=-1)  # below 0: after multiprocessing waited for its own
+
+
+def _sweep() -> None:
+    with Harmless("the sweep at the end"):
+        sweep()
+
+
+def _hook_front() -> bool:
+    if not _has_engines():
+        return False
+    points.require(points.FRONT)
+    from vllm.v1.engine.core_client import AsyncMPClient, MPClient, SyncMPClient
+
+    for client in (SyncMPClient, AsyncMPClient):
+        _wrap(client, "_send_input", _client_sends)
+    _wrap(MPClient, "__init__", _client_made)
+    return True
 
 
 def _client_made(original: Callable[..., None], client: Any, *arguments: Any, **named: Any) -> None:
     original(client, *arguments, **named)
-    engines = getattr(client, "engine_ranks_managed", ())
-    settings = settings_of(client.vllm_config.additional_config, engines=len(engines))
-    if settings is None:
-        return
-    try:
-        _link(client, settings)
-    except Exception as error:  # noqa: BLE001  # whatever it is, vLLM runs on without
-        _log.exception("tensorferry: %s; tensors go vLLM's way", error)
+    with Harmless("the front end"):
+        engines = getattr(client, "engine_ranks_managed", ())
+        settings = settings_of(client.vllm_config.additional_config, engines=len(engines))
+        if settings is not None:
+            _link(client, settings)
 
 
 def _link(client: Any, settings: Settings) -> None:
@@ -103,6 +135,9 @@ def _link(client: Any, settings: Settings) -> None:
     parallel = client.vllm_config.parallel_config
     engines = client.engine_ranks_managed
     client.core_engine  # noqa: B018  # what `_client_sends` asks for
+    with Harmless("the look at vLLM's version"):
+        if untested := points.untested(metadata.version("vllm")):
+            _log.warning("tensorferry: %s", untested)
     if not _has_tensors(client.vllm_config):
         return
     if client.encoder.oob_tensor_consumer is not None:
@@ -143,7 +178,9 @@ def _consumer(front: Front) -> Any:
         """What vLLM's encoder offers its tensors to."""
 
         def __call__(self, tensor: torch.Tensor) -> dict[str, Any] | None:
-            return front.lend(tensor)
+            with Harmless("a tensor for the engine"):
+                return front.lend(tensor)
+            return None
 
         def new_message(self) -> None:
             """The message's tensors were announced by `sending_to`."""
@@ -151,16 +188,28 @@ def _consumer(front: Front) -> Any:
     return Consumer()
 
 
-def _client_sends(
-    original: Callable[..., Any], client: Any, kind: Any, request: Any, *more: Any, **named: Any
-) -> Any:
-    """The consumer is not told for which engine it is asked; of a utility call a loss could not be told."""
+def _client_sends(original: Callable[..., Any], client: Any, *arguments: Any, **named: Any) -> Any:
     front: Front | None = getattr(client, "_tensorferry", None)
-    if front is None or kind.name != "ADD":
-        return original(client, kind, request, *more, **named)
-    engine = (more[0] if more else named.get("engine")) or client.core_engine
-    with front.sending_to(engine, list(_tensors_of(request))):
-        return original(client, kind, request, *more, **named)
+    if front is None:
+        return original(client, *arguments, **named)
+    with Around("a request", lambda: _announced(front, client, (*arguments, *named.values()))):
+        return original(client, *arguments, **named)
+
+
+def _announced(front: Front, client: Any, given: tuple[Any, ...]) -> AbstractContextManager[None] | None:
+    """The consumer is not told for which engine it is asked; of a utility call a loss could not be told.
+
+    LookupError where there is an argument that is not known: it may say another engine.
+    """
+    kind = pick(given, "kind of request", lambda value: isinstance(value, Enum))
+    if kind.name != "ADD":
+        return None
+    request = pick(given, "request", lambda value: hasattr(value, "mm_features"))
+    others = [value for value in given if value is not None and value is not kind and value is not request]
+    engine = others.pop() if others and isinstance(others[-1], bytes) else client.core_engine
+    if others:
+        raise LookupError(f"{others!r} is not known among the arguments")
+    return front.sending_to(engine, list(_tensors_of(request)))
 
 
 def _tensors_of(request: Any) -> Iterator[torch.Tensor]:
@@ -171,45 +220,66 @@ def _tensors_of(request: Any) -> Iterator[torch.Tensor]:
             yield from (t for t in (data if isinstance(data, list) else [data]) if type(t) is torch.Tensor)
 
 
+def _hook_log() -> bool:
+    if not _has_engines():
+        return False
+    points.require(points.LOG)
+    from vllm.v1.metrics.loggers import LoggingStatLogger
+
+    _wrap(LoggingStatLogger, "log", _statistics_logged)
+    return True
+
+
 def _statistics_logged(original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """vLLM has a logger for each engine; the counters of all engines are said once, and when they grew."""
     result = original(*arguments, **named)
-    for front in _fronts:
-        if line := front.counts.news():
-            _log.info("tensorferry: %s", line)
+    with Harmless("the line of counters"):
+        for front in _fronts:
+            if line := front.counts.news():
+                _log.info("tensorferry: %s", line)
     return result
 
 
 # ---------------------------------------------------------------------- the engine
 
 
-def _hook_engine() -> None:
+def _hook_engine() -> bool:
     if "vllm.v1.engine.core" not in sys.modules:
-        return
+        return False
+    points.require(points.ENGINE)
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
-    EngineCoreProc._handle_request_preproc_error  # noqa: B018  # what fails one request alone
     _wrap(EngineCore, "preprocess_add_request", _request_came)
     _wrap(EngineCoreProc, "process_input_sockets", _input_begins)
+    return True
 
 
-def _input_begins(
-    original: Callable[..., Any], engine: Any, addresses: list[str], *more: Any, **named: Any
-) -> Any:
+def _input_begins(original: Callable[..., Any], engine: Any, *arguments: Any, **named: Any) -> Any:
     """In the engine's input thread, before its decoders are built."""
-    global _core
-    try:
+    with Harmless("the EngineCore"):
         settings = settings_of(engine.vllm_config.additional_config)
         if settings is not None and engine.tensor_ipc_receiver is None:
-            queue = getattr(engine.model_executor, "rpc_broadcast_mq", None)
-            workers = queue.n_local_reader if queue is not None and not queue.n_remote_reader else 0
-            _core = Core(settings, engine.engine_index, addresses, workers)
-            engine.tensor_ipc_receiver = _Provider(_core)
-            if workers:
-                _hook_queue(queue, _core)
-    except Exception as error:  # noqa: BLE001  # whatever it is, vLLM runs on without
-        _log.exception("tensorferry: %s; tensors go vLLM's way", error)
-    return original(engine, addresses, *more, **named)
+            _meet(engine, settings, pick((*arguments, *named.values()), "list of addresses", _is_addresses))
+    return original(engine, *arguments, **named)
+
+
+def _is_addresses(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def _meet(engine: Any, settings: Settings, addresses: list[str]) -> None:
+    """Make this engine's end. Its decoder gets the provider last, when nothing is left that can fail."""
+    global _core
+    queue: Any = getattr(engine.model_executor, "rpc_broadcast_mq", None)
+    workers = 0
+    if queue is not None:
+        with Harmless("the queue to the workers"):
+            points.require(points.WORKERS)
+            workers = 0 if queue.n_remote_reader else queue.n_local_reader
+    core = Core(settings, engine.engine_index, addresses, workers)
+    if workers:
+        _hook_queue(queue, core)
+    _core, engine.tensor_ipc_receiver = core, _Provider(core)
 
 
 class _Provider:
@@ -233,12 +303,13 @@ class _Provider:
             return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
 
-def _request_came(original: Callable[..., Any], engine: Any, request: Any, *more: Any, **named: Any) -> Any:
+def _request_came(original: Callable[..., Any], engine: Any, *arguments: Any, **named: Any) -> Any:
     provider = getattr(engine, "tensor_ipc_receiver", None)
     if isinstance(provider, _Provider) and provider.lost:
         lost, provider.lost = provider.lost, []
-        raise RuntimeError(f"tensors of request {request.request_id} are lost: {'; '.join(lost)}")
-    return original(engine, request, *more, **named)
+        names = [getattr(given, "request_id", None) for given in (*arguments, *named.values())]
+        raise RuntimeError(f"tensors of request {next(filter(None, names), '?')} are lost: {'; '.join(lost)}")
+    return original(engine, *arguments, **named)
 
 
 def _hook_queue(queue: Any, core: Core) -> None:
@@ -246,7 +317,7 @@ def _hook_queue(queue: Any, core: Core) -> None:
 
     @functools.wraps(enqueue)
     def wrapped(*arguments: Any, **named: Any) -> Any:
-        with _pickling_for(core):
+        with Around("the queue to the workers", lambda: _pickling_for(core)):
             return enqueue(*arguments, **named)
 
     queue.enqueue = wrapped
@@ -254,10 +325,7 @@ def _hook_queue(queue: Any, core: Core) -> None:
 
 @contextmanager
 def _pickling_for(core: Core) -> Iterator[None]:
-    """Until the end, this thread pickles tensors as calls of `take` where the workers have them.
-
-    0.25 and 0.26 pickle by `copyreg`'s table; later ones by a function of the queue's module.
-    """
+    """Until the end, this thread pickles tensors as calls of `take` where the workers have them."""
     from vllm.distributed.device_communicators import shm_broadcast
 
     core.measure()
@@ -282,7 +350,10 @@ def _pickling_for(core: Core) -> Iterator[None]:
 
 def _reduce(original: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> Any:
     core: Core | None = getattr(_pickling, "core", None)
-    handed = None if core is None else core.hand_on(tensor)
+    handed = None
+    if core is not None:
+        with Harmless("a tensor for the workers"):
+            handed = core.hand_on(tensor)
     return original(tensor) if handed is None else (take, handed)
 
 
@@ -293,17 +364,19 @@ def _reduce_as_torch(tensor: torch.Tensor) -> Any:
 # ---------------------------------------------------------------------- the workers
 
 
-def _hook_worker() -> None:
+def _hook_worker() -> bool:
     if "vllm.v1.worker.worker_base" not in sys.modules:
-        return
+        return False
+    points.require(points.WORKERS)
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     _wrap(WorkerWrapperBase, "init_device", _worker_begins)
+    return True
 
 
 def _worker_begins(original: Callable[..., Any], wrapper: Any, *arguments: Any, **named: Any) -> Any:
     global _worker
-    try:
+    with Harmless("the worker"):
         config = wrapper.vllm_config
         settings = settings_of(config.additional_config)
         parallel = config.parallel_config
@@ -311,8 +384,6 @@ def _worker_begins(original: Callable[..., Any], wrapper: Any, *arguments: Any, 
         apart = not inside and parallel.distributed_executor_backend == "mp"
         if settings is not None and apart and _has_tensors(config):
             _worker = Worker(settings, os.getppid())
-    except Exception as error:  # noqa: BLE001  # whatever it is, vLLM runs on without
-        _log.exception("tensorferry: %s; tensors go vLLM's way", error)
     return original(wrapper, *arguments, **named)
 
 
@@ -326,7 +397,9 @@ def take(sender: str, key: tuple[str, int]) -> torch.Tensor:
 # ---------------------------------------------------------------------- for people
 
 _HOOKS = {
+    "the configuration": _hook_options,
     "the front end": _hook_front,
+    "the line of counters": _hook_log,
     "the EngineCore": _hook_engine,
     "the worker": _hook_worker,
 }

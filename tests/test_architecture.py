@@ -57,7 +57,8 @@ RANKS: dict[str, list[set[str]]] = {
     ],
     "engine": [
         {"console", "errors", "images", "options", "parallel", "segments", "signals"},
-        {"config", "folders", "keys", "loading", "model", "ps", "results", "staging", "top", "vllm.settings"},
+        {"config", "folders", "keys", "loading", "model", "ps", "results", "staging", "top"},
+        {"vllm.guard", "vllm.points", "vllm.settings"},
         {"vllm.counts", "vllm.mailbox"},
         {"vllm.check", "vllm.roles"},
         {"vllm_plugin"},
@@ -123,7 +124,7 @@ FORBIDDEN_MODULES = {
 }
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 # What is imported by name is chosen by the local operator here, never by a peer.
-IMPORT_BY_NAME = {"transport.registry", "engine.model", "engine.vllm.check"}
+IMPORT_BY_NAME = {"transport.registry", "engine.model", "engine.vllm.points"}
 
 Complaint = tuple[int, str]  # line, what is wrong
 

@@ -45,16 +45,20 @@ class Settings:
 def settings_of(additional_config: object, *, engines: int = 1) -> Settings | None:
     """The settings in vLLM's `additional_config`; None when there are none: vLLM then runs as without us.
 
-    ValueError: an option that is unknown or wrong, by name.
+    ValueError: an option that is unknown or wrong, by name, or what is no option at all.
     """
     given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
     if given is None or given is False:
         return None
-    options: dict[str, Any] = {} if given is True else dict(given)
+    if given is not True and not isinstance(given, Mapping):
+        example = '{"ring_bytes": 4294967296}'
+        raise ValueError(f"{KEY} must be true, false or options such as {example}, not {given!r}")
+    options: dict[str, Any] = {} if given is True else {str(name): given[name] for name in given}
     copy_above = options.pop("copy_above", 0.5)
     known = {field.name for field in dataclasses.fields(TransportConfig)} - _FIXED
     if unknown := sorted(set(options) - known):
-        raise ValueError(f"{KEY}: unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        every = ", ".join(sorted({*known, "copy_above"}))
+        raise ValueError(f"{KEY}: unknown option {', '.join(unknown)}; known: {every}")
     if not isinstance(copy_above, int | float) or not 0 <= copy_above <= 1:
         raise ValueError(f"{KEY}: copy_above must be from 0 to 1, not {copy_above!r}")
     # Of several engines a stopped one must not have the whole ring; a single one may.

@@ -9,6 +9,7 @@ import pytest
 from tests.vllm.runs import HERE, MARKS, TENSOR, environment, ferry, run, segments, stock
 
 pytestmark = MARKS
+RING = {"front: front end to engine: ring": [8, 8 * TENSOR]}
 NOT_LINKED = {"front: front end to engine: vLLM (not linked)": [8, 8 * TENSOR]}
 
 
@@ -30,9 +31,17 @@ NOT_LINKED = {"front: front end to engine: vLLM (not linked)": [8, 8 * TENSOR]}
         ),
         pytest.param(
             "vllm.v1.serial_utils:OOBTensorConsumer",
-            "cannot import name 'OOBTensorConsumer' from 'vllm.v1.serial_utils'",
+            "the front end is not as known here"
+            " (module 'vllm.v1.serial_utils' has no attribute 'OOBTensorConsumer')",
             {},
             id="consumer",
+        ),
+        pytest.param(
+            "vllm.v1.metrics.loggers:LoggingStatLogger.log",
+            "the line of counters is not as known here"
+            " (type object 'LoggingStatLogger' has no attribute 'log')",
+            RING,
+            id="log",
         ),
     ],
 )
