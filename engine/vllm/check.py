@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import ItemsView, Iterator, Mapping
 from importlib import metadata
 from typing import Any, Literal, NamedTuple
 
+from engine.vllm import points
 from engine.vllm.counts import saved
 
-TESTED = ("0.25.1", "0.33.0")
 _GROUP, _NAME = "vllm.general_plugins", "tensorferry"
-
-# What each hop hooks. vLLM calls none of it public.
-POINTS = {
-    "hop 1, front end": (
-        "vllm.v1.engine.core_client:MPClient.__init__",
-        "vllm.v1.engine.core_client:SyncMPClient._send_input",
-        "vllm.v1.engine.core_client:AsyncMPClient._send_input",
-        "vllm.v1.serial_utils:OOBTensorConsumer",
-    ),
-    "hop 1, EngineCore": (
-        "vllm.v1.engine.core:EngineCoreProc.process_input_sockets",
-        "vllm.v1.engine.core:EngineCoreProc._handle_request_preproc_error",
-        "vllm.v1.engine.core:EngineCore.preprocess_add_request",
-    ),
-    "hop 2, workers": (
-        "vllm.distributed.device_communicators.shm_broadcast:MessageQueue.enqueue",
-        "vllm.v1.worker.worker_base:WorkerWrapperBase.init_device",
-    ),
+_OWN_WAY = "vLLM ("  # how a way is called that is vLLM's, with the reason behind it
+_REMEDIES = {
+    "not linked": "An engine or worker on another host, or one that says why in its log.",
+    "Full": "Make ring_bytes larger, or copy_above smaller.",
+    "larger than the ring": "Make ring_bytes larger.",
 }
 
 
@@ -51,12 +35,14 @@ def lines() -> Iterator[Line]:
     except metadata.PackageNotFoundError:
         yield Line("vLLM", "problem", "not installed here", "Install tensorferry into vLLM's environment.")
         return
-    yield Line("vLLM", "ok", f"{version}; known are {TESTED[0]} up to {TESTED[1]}")
+    if untested := points.untested(version):
+        yield Line("vLLM", "note", untested, "Compare its answers with and without, or take a version known.")
+    else:
+        yield Line("vLLM", "ok", f"{version}; known are {points.TESTED[0]} up to {points.TESTED[1]}")
     yield _plugin()
-    for hop, points in POINTS.items():
-        absent = [point for point in points if not _is_there(point)]
-        if absent:
-            yield Line(hop, "problem", f"not there: {', '.join(absent)}", "That hop goes vLLM's own way.")
+    for hop in points.POINTS:
+        if absent := list(points.absent(hop)):
+            yield Line(hop, "problem", f"not there: {', '.join(absent)}", "vLLM runs without this part.")
         else:
             yield Line(hop, "ok", "all that is hooked is there")
     yield from _running()
@@ -71,18 +57,6 @@ def _plugin() -> Line:
     return Line("plugin", "ok", f"{_NAME} in {_GROUP}")
 
 
-def _is_there(point: str) -> bool:
-    module, _, path = point.partition(":")
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to what is standard output as it is imported
-            found: Any = importlib.import_module(module)
-        for name in path.split("."):
-            found = getattr(found, name)
-    except (ImportError, AttributeError):
-        return False
-    return True
-
-
 def _running() -> Iterator[Line]:
     processes = list(saved())
     if not processes:
@@ -91,5 +65,37 @@ def _running() -> Iterator[Line]:
     for process in processes:
         peers = [f"{name} ({how})" for name, how in process.get("peers", {}).items()]
         ways = [f"{hop}: {how} {count} ({size / 1e6:.1f} MB)" for hop, how, count, size in process["tensors"]]
-        text = f"linked with {', '.join(peers) or 'nobody'}; {'; '.join(ways) or 'no tensors yet'}"
-        yield Line(f"{process['role']} {process['pid']}", "ok", text)
+        hooks = [name for name, error in _items(process, "hooked") if not error]
+        text = (
+            f"linked with {', '.join(peers) or 'nobody'}; {'; '.join(ways) or 'no tensors yet'};"
+            f" hooked: {', '.join(hooks) or 'nothing'}"
+        )
+        status, advice = _judged(process)
+        yield Line(f"{process['role']} {process['pid']}", status, text, advice)
+
+
+def _judged(process: Mapping[str, Any]) -> tuple[Literal["ok", "note", "problem"], str]:
+    """How a process that runs stands, and what to do where it is not as it should be."""
+    peers, ways = process.get("peers", {}), {how for _, how, _, _ in process["tensors"]}
+    reasons = sorted(how.removeprefix(_OWN_WAY).removesuffix(")") for how in ways if how.startswith(_OWN_WAY))
+    advice = [f"{name} is not hooked: {error}." for name, error in _items(process, "hooked") if error]
+    advice += [f"{part} failed {count} times: see its log." for part, count in _items(process, "failed")]
+    if advice:
+        return "problem", " ".join(advice)
+    if not peers and ways:
+        return (
+            "problem",
+            "Tensors go vLLM's way: the logs of the others say why they did not link or left.",
+        )
+    if not peers:
+        return "note", "So it is while models are loaded; later the logs of the others say why."
+    if process["role"] == "front":
+        unproved = sorted(name for name, how in peers.items() if not how.startswith("shm:"))
+        advice = [f"{name} does not map the ring: its tensors go vLLM's way." for name in unproved]
+    advice += [f"{reason}: {_REMEDIES.get(reason, 'see its log.')}" for reason in reasons]
+    return "note" if advice else "ok", " ".join(advice)
+
+
+def _items(process: Mapping[str, Any], name: str) -> ItemsView[str, Any]:
+    """What a process saved by that name; nothing where it is one of an older version."""
+    return dict(process.get(name, {})).items()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import logging
 import os
 import threading
 import time
@@ -10,10 +13,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from engine.vllm import guard, points
 from engine.vllm.settings import folder
+
+_log = logging.getLogger("vllm.tensorferry")
 
 FRONT, WORKERS = "front end to engine", "engine to workers"
 _WRITE_EVERY = 1.0
+_numbers = itertools.count(1)  # of the files of this process: it may have several front ends
 
 Way = tuple[str, str]  # hop, and how: "ring", "copied out" of it, or why it went vLLM's own way
 
@@ -27,8 +34,8 @@ class Counts:
         self.nbytes: Counter[Way] = Counter()
         self._others: dict[str, list[tuple[str, str, int, int]]] = {}
         self._lock = threading.Lock()
-        self._file = folder() / f"{os.getpid()}.json"
-        self._written = self._said = ""
+        self._file = folder() / f"{os.getpid()}-{next(_numbers)}.json"
+        self._written = self._said = self._error = ""
         self._next = 0.0
         self._published: Counter[Way] = Counter()
 
@@ -66,19 +73,34 @@ class Counts:
         return "" if self._said == before else self._said
 
     def save(self, *, now: bool = False, **more: object) -> None:
-        """Write the file if something changed, at most once a second."""
+        """Publish, and write the file if something changed, at most once a second. A file that can't be
+        written is said once, and tried again.
+        """
         if not now and time.monotonic() < self._next:
             return
         self._next = time.monotonic() + _WRITE_EVERY
-        text = json.dumps({"role": self.role, "pid": os.getpid(), "tensors": self.rows(), **more})
+        with guard.Harmless("the counters for Prometheus"):
+            self._publish()
+        state = {"tensors": self.rows(), "hooked": points.hooked, "failed": guard.failures}
+        text = json.dumps({"role": self.role, "pid": os.getpid(), **state, **more})
         if text != self._written:
-            self._written = text
+            self._write(text)
+
+    def _write(self, text: str) -> None:
+        try:
+            folder()  # who cleans /tmp may have taken it
             self._file.write_text(text)
-        self._publish()
+        except OSError as error:
+            if str(error) != self._error:
+                self._error = str(error)
+                _log.warning("tensorferry: counters are not saved for tensorferry doctor: %s", error)
+        else:
+            self._written, self._error = text, ""
 
     def remove(self) -> None:
-        """The process ends."""
-        self._file.unlink(missing_ok=True)
+        """The process ends, or has no need of them any more."""
+        with contextlib.suppress(OSError):
+            self._file.unlink(missing_ok=True)
 
     def _publish(self) -> None:
         """To Prometheus, whose counters can only grow: by the difference since the last time."""
@@ -116,7 +138,7 @@ def saved() -> Iterator[Mapping[str, Any]]:
     """What living processes saved; the files of the dead are removed."""
     for file in sorted(folder().glob("*.json")):
         try:
-            os.kill(int(file.stem), 0)
+            os.kill(int(file.stem.partition("-")[0]), 0)
             yield json.loads(file.read_text())
         except ProcessLookupError:
             file.unlink(missing_ok=True)

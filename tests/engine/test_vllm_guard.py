@@ -385,7 +385,7 @@ def test_a_wrong_option_is_refused_before_anything_is_loaded(
     assert known["EngineArgs"]({"other": given}).create_engine_config() is None
 
 
-class _NoImport(importlib.abc.MetaPathFinder):
+class NoImport(importlib.abc.MetaPathFinder):
     """Modules of vLLM's that can't be imported here, as where a library of theirs is broken."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
@@ -399,7 +399,7 @@ def test_an_import_that_fails_in_any_way_ends_no_vllm(
 ) -> None:
     package, _ = modules(monkeypatch, "vllm", "vllm.engine.arg_utils")
     package.__path__ = []
-    monkeypatch.setattr(sys, "meta_path", [_NoImport(), *sys.meta_path])
+    monkeypatch.setattr(sys, "meta_path", [NoImport(), *sys.meta_path])
     with caplog.at_level(logging.WARNING, "vllm.tensorferry"):
         vllm_plugin.register()
     assert "the front end is not as known here (libcudart.so.99: cannot open" in caplog.text

@@ -46,7 +46,7 @@ def handed_on(rank: subprocess.Popen[bytes], folder: Path) -> int:
     import psutil
 
     pids = {process.pid for process in psutil.Process(rank.pid).children(recursive=True)}
-    files = [file for file in folder.glob("tensorferry-*/*.json") if int(file.stem) in pids]
+    files = [file for file in folder.glob("tensorferry-*/*.json") if int(file.stem.partition("-")[0]) in pids]
     rows = [row for file in files for row in json.loads(file.read_text())["tensors"]]
     return sum(count for hop, _, count, _ in rows if hop == "engine to workers")
 

@@ -1,0 +1,201 @@
+"""What `tensorferry doctor --vllm` says of vLLM and of its processes, and the files that they leave for it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import types
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from engine.vllm import check, guard, points
+from engine.vllm.check import Line
+from engine.vllm.counts import FRONT, Counts, saved
+from tests.engine.test_vllm_guard import NoImport
+from tests.engine.test_vllm_roles import image, lend, linked, until
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch: pytest.MonkeyPatch, short_path: Path) -> Path:
+    """Where the processes of this test save their counters; nothing is hooked and nothing failed yet."""
+    monkeypatch.setattr("engine.vllm.settings.tempfile.gettempdir", lambda: str(short_path))
+    monkeypatch.setattr(points, "hooked", {})
+    guard.forget()
+    return short_path / f"tensorferry-{os.getuid()}"
+
+
+def vllm_of(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """As if that version were installed, of which nothing can be imported."""
+    monkeypatch.setattr(metadata, "version", lambda _name: version)
+    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+
+
+def found(what: str) -> Line:
+    """The look of that name."""
+    (line,) = [line for line in check.lines() if line.what == what]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [
+        ("0.24.9", "note"),
+        ("0.25.1", "ok"),
+        ("0.33.0.post1", "ok"),
+        ("0.33.1rc2", "note"),
+        ("0.1.dev7+g12ab", "note"),
+        ("1.0", "note"),
+    ],
+)
+def test_a_version_that_was_not_tried_is_a_note(
+    monkeypatch: pytest.MonkeyPatch, version: str, status: str
+) -> None:
+    vllm_of(monkeypatch, version)
+    line = found("vLLM")
+    assert (line.status, bool(line.advice)) == (status, status == "note")
+    assert version in line.found
+
+
+def test_what_cannot_be_imported_is_a_problem_whatever_the_import_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vllm_of(monkeypatch, "0.25.1")
+    monkeypatch.setattr(sys.modules["vllm"], "__path__", [], raising=False)
+    monkeypatch.setattr(sys, "meta_path", [NoImport(), *sys.meta_path])
+    for hop in points.POINTS:
+        line = found(hop)
+        assert line.status == "problem"
+        assert "(OSError: libcudart.so.99" in line.found
+
+
+def test_a_process_is_ok_when_it_is_linked_and_its_tensors_take_the_ring(
+    monkeypatch: pytest.MonkeyPatch, short_path: Path
+) -> None:
+    vllm_of(monkeypatch, "0.25.1")
+    points.hooked["the front end"] = ""
+    with linked(f"ipc://{short_path}/vllm", copy_above=0.5) as (front, _):
+        assert lend(front, image()) is not None
+        until(lambda: "ring 1" in found(f"front {os.getpid()}").found)
+        line = found(f"front {os.getpid()}")
+        assert (line.status, line.advice) == ("ok", "")
+        assert "linked with engine0 (shm: " in line.found
+        assert "hooked: the front end" in line.found
+
+        points.hooked["the line of counters"] = "no module named loggers"
+        until(lambda: found(f"front {os.getpid()}").status == "problem")
+        assert (
+            "the line of counters is not hooked: no module named loggers"
+            in found(f"front {os.getpid()}").advice
+        )
+
+
+def test_a_process_that_nobody_is_linked_with_is_not_ok(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vllm_of(monkeypatch, "0.25.1")
+    counts = Counts("front")
+    counts.save(now=True, peers={})
+    assert found(f"front {os.getpid()}").status == "note"
+    counts.add(FRONT, "vLLM (not linked)", 5)
+    counts.save(now=True, peers={})
+    line = found(f"front {os.getpid()}")
+    assert line.status == "problem"
+    assert "linked with nobody; front end to engine: vLLM (not linked) 1" in line.found
+    assert line.advice
+
+
+@pytest.mark.parametrize(
+    ("peer", "how", "advice"),
+    [
+        ("shm: proved", "vLLM (not linked)", "not linked: An engine or worker on another host"),
+        ("shm: proved", "vLLM (Full)", "Full: Make ring_bytes larger"),
+        ("shm: proved", "vLLM (larger than the ring)", "larger than the ring: Make ring_bytes larger."),
+        ("shm: proved", "vLLM (PeerGone)", "PeerGone: see its log."),
+        ("not shm: another host's", "ring", "engine0 does not map the ring"),
+    ],
+)
+def test_tensors_that_go_vllms_way_are_a_note_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, peer: str, how: str, advice: str
+) -> None:
+    vllm_of(monkeypatch, "0.25.1")
+    counts = Counts("front")
+    counts.add(FRONT, how, 5)
+    counts.save(now=True, peers={"engine0": peer})
+    line = found(f"front {os.getpid()}")
+    assert line.status == "note"
+    assert advice in line.advice
+
+
+def test_what_failed_in_a_process_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm_of(monkeypatch, "0.25.1")
+    for _ in range(2):
+        with guard.Harmless("a request"):
+            raise RuntimeError("no such view")
+    counts = Counts("front")
+    counts.save(now=True, peers={"engine0": "shm: proved"})
+    line = found(f"front {os.getpid()}")
+    assert line.status == "problem"
+    assert "a request failed 2 times: see its log." in line.advice
+
+
+def test_two_front_ends_of_one_process_save_their_counters_apart() -> None:
+    one, other = Counts("front"), Counts("front")
+    for counts, nbytes in ((one, 1), (other, 2)):
+        counts.add(FRONT, "ring", nbytes)
+        counts.save(now=True)
+    assert sorted(process["tensors"][0][3] for process in saved()) == [1, 2]
+    one.remove()
+    assert [process["tensors"][0][3] for process in saved()] == [2]
+
+
+def test_the_files_of_the_dead_are_removed(folder: Path) -> None:
+    Counts("front").save(now=True)
+    dead = folder / "4194305-1.json"  # no pid is as large
+    dead.write_text("{}")
+    assert [process["pid"] for process in saved()] == [os.getpid()]
+    assert not dead.exists()
+
+
+class Published(Counts):
+    """Counts how often it was asked to."""
+
+    times = 0
+
+    def _publish(self) -> None:
+        self.times += 1
+
+
+def test_counters_that_cannot_be_saved_are_published_and_saved_later(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    counts = Published("front")
+    shutil.rmtree(folder)
+    folder.write_text("in the way")
+    for _ in range(3):
+        counts.save(now=True)
+    assert counts.times == 3
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "counters are not saved" in record.getMessage()
+    folder.unlink()
+    counts.save(now=True)
+    assert [process["role"] for process in saved()] == ["front"]
+
+
+def test_a_folder_that_was_removed_is_made_again(folder: Path) -> None:
+    counts = Counts("front")
+    shutil.rmtree(folder)
+    counts.save(now=True)
+    assert [process["role"] for process in saved()] == ["front"]
+    shutil.rmtree(folder)
+    counts.remove()
+
+
+def test_one_may_look_at_what_an_older_version_saved(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    vllm_of(monkeypatch, "0.25.1")
+    folder.mkdir(mode=0o700)
+    (folder / f"{os.getpid()}.json").write_text('{"role": "front", "pid": 7, "tensors": []}')
+    assert "hooked: nothing" in found("front 7").found
