@@ -157,3 +157,5 @@ class Mailbox:
             except TransportError as error:
                 _log.warning("tensorferry: %s; its tensors go vLLM's way", error)
                 return
+        text = "tensorferry: nobody was at %s for %g s; who is on another host or ended goes vLLM's way"
+        _log.info(text, address, _DIAL_FOR)

@@ -107,8 +107,9 @@ class _Party:
             with self.endpoint.loan((1,), torch.uint8, timeout=0.1):
                 pass  # making room is what makes the offers
         except Full as error:
-            self._ringless = True
-            _log.warning("tensorferry: tensors go vLLM's way: %s", error)
+            if "ring" not in self.endpoint.statistics()["backend"]:  # else it is full just now
+                self._ringless = True
+                _log.warning("tensorferry: tensors go vLLM's way: %s", error)
         return not self._ringless
 
     def notice(self, sender: str, body: dict[str, Any]) -> None:

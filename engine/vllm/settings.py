@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ KEY = "tensorferry"
 _RING_BYTES = 2 << 30  # two prompts of 32 images of 1 megapixel in float32, as vLLM keeps the last one
 # An image is larger. Steps of the usual size would keep up to two of them reserved beyond what is needed.
 _RING_STEP_BYTES = 1 << 20
+_YOUNG = 10.0  # seconds; a socket that zmq has bound and not yet listened at refuses, too
 _FIXED = {"backend", "trace", "insecure"}  # vLLM's own path is what the ring is not
 
 
@@ -106,9 +108,11 @@ def sweep() -> None:
         if path.suffix in (".front", ".core"):
             with socket.socket(socket.AF_UNIX) as asked:
                 try:
+                    old = time.time() - path.lstat().st_mtime > _YOUNG
                     asked.connect(str(path))
                 except ConnectionRefusedError:
-                    path.unlink(missing_ok=True)
+                    if old:
+                        path.unlink(missing_ok=True)
                 except OSError:  # gone just now, or busy
                     continue
 

@@ -1,4 +1,4 @@
-"""What `tensorferry doctor --vllm` says of vLLM and of its processes, and the files that they leave for it."""
+"""What `tensorferry doctor --vllm` says of vLLM and its processes, and the files that these leave."""
 
 from __future__ import annotations
 

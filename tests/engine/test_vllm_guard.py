@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.abc
 import logging
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -383,6 +384,25 @@ def test_a_wrong_option_is_refused_before_anything_is_loaded(
         known["EngineArgs"]({"tensorferry": given}).create_engine_config()
     assert original.calls == []
     assert known["EngineArgs"]({"other": given}).create_engine_config() is None
+
+
+@pytest.mark.parametrize("configured", [True, False])
+def test_rings_are_swept_at_the_end_only_where_they_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, configured: bool
+) -> None:
+    known, at_exit = known_front(monkeypatch), Calls()
+    monkeypatch.setattr(vllm_plugin, "_sweep_at_exit", at_exit)
+    vllm_plugin.register()
+    known["EngineArgs"]({"tensorferry": configured}).create_engine_config()
+    assert len(at_exit.calls) == configured
+
+
+def test_a_sweep_at_the_end_that_fails_is_a_line_in_the_log(
+    short_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (short_path / f"tensorferry-{os.getuid()}").write_text("somebody else's")
+    vllm_plugin._sweep()
+    assert "the sweep at the end failed: " in tracebacks(caplog)[0]
 
 
 class NoImport(importlib.abc.MetaPathFinder):

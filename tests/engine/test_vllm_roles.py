@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -301,11 +301,54 @@ def test_where_no_ring_fits_all_goes_vllms_way_and_that_is_said_once(
         core.close()
 
 
+def fill(front: Front, loans: ExitStack) -> None:
+    """Lend all of its ring."""
+    with suppress(transport.Full):
+        while True:
+            loans.enter_context(front.endpoint.loan((1 << 20,), torch.uint8, timeout=0.0))
+
+
+def test_a_ring_that_is_full_just_now_is_a_ring(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    """While it is full an engine comes: it maps the ring later, and nobody says that there is none."""
+    given = settings()
+    front = Front(given, address)
+    with ExitStack() as full:
+        fill(front, full)
+        with transport.connect(front_address(address), name="engine0", timeout=30):  # it receives nothing
+            until(lambda: front.endpoint.peers)
+            assert front.offer()
+            assert not front._ringless
+    core = Core(given, 0, [address], workers=0)
+    try:
+        assert front.wait_for([0], timeout=30) == [0]
+        assert lend(front, image()) is not None
+        assert "tensors go vLLM's way" not in caplog.text
+    finally:
+        front.close()
+        core.close()
+
+
+def test_who_finds_nobody_says_so_when_it_gives_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, address: str
+) -> None:
+    monkeypatch.setattr("engine.vllm.mailbox._DIAL_FOR", 0.2)
+    caplog.set_level("INFO", "vllm.tensorferry")
+    core = Core(settings(), 0, [address], workers=0)
+    try:
+        until(lambda: f"nobody was at {front_address(address)} for 0.2 s" in caplog.text)
+    finally:
+        core.close()
+
+
 def test_sockets_of_the_dead_are_swept_and_others_are_not(pair: tuple[Front, Core], short_path: Path) -> None:
     own = Path(front_address(f"ipc://{short_path}/vllm").removeprefix("ipc://"))
     left = own.with_name("1.core")
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(left))
+    sweep()
+    assert left.exists()  # young, and perhaps between bind and listen
+    for path in (left, own):
+        os.utime(path, (0, 0))
     sweep()
     assert not left.exists()
     assert own.exists()
