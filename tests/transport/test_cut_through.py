@@ -53,7 +53,9 @@ class InSteps(Source):
         self._whole = whole
         self._fails = fails
 
-    def fill(self, destination: Bytes, *, threads: int = 1, progress: Progress | None = None) -> None:
+    def fill(
+        self, destination: Bytes, *, threads: int = 1, progress: Progress | None = None, step: int = 0
+    ) -> None:
         half = self.nbytes // 2
         self._whole.fill_range(destination[:half], 0, half)
         assert progress is not None
