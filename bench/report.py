@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from bench.harness import Outcome, Result, Row, Spread
 FAILED = "FAILED"
 LACKING = "not here"
 
+_ALWAYS = float("inf")
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -108,7 +110,9 @@ def lacking(results: Sequence[Result]) -> list[str]:
 
 
 @contextlib.contextmanager
-def progress(console: Console, total: int) -> Iterator[Callable[[Row, Outcome], None]]:
+def progress(
+    console: Console, total: int, *, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[Row, Outcome], None]]:
     """A progress bar over `total` row runs; the callable yielded advances it."""
     columns = (
         TextColumn("{task.description}"),
@@ -118,7 +122,8 @@ def progress(console: Console, total: int) -> Iterator[Callable[[Row, Outcome], 
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),
     )
-    with Progress(*columns, console=console) as bar:
+    # A row may take minutes, and rows differ: the time left is judged by all of them, not by the last 30 s.
+    with Progress(*columns, console=console, speed_estimate_period=_ALWAYS, get_time=clock) as bar:
         task = bar.add_task("starting", total=total)
 
         def done(row: Row, outcome: Outcome) -> None:

@@ -295,6 +295,16 @@ def test_a_row_that_asks_for_it_is_sampled() -> None:
     assert all(len(numbers(sample)) == len(sampler.COLUMNS) for sample in samples)
 
 
+def test_progress_bar_tells_the_time_left_of_rows_that_take_minutes() -> None:
+    now, out = 0.0, io.StringIO()
+    console = Console(file=out, width=150, force_terminal=True, color_system=None)
+    with report.progress(console, 4, clock=lambda: now) as done:
+        for _ in range(3):
+            now += 100.0
+            done(row("slow"), given({}))
+    assert "left 0:01:40" in out.getvalue().rpartition("\r")[2]
+
+
 def test_list_of_benchmarks_and_unknown_name() -> None:
     listed = CliRunner().invoke(command, [])
     assert all(name in listed.stdout for name in ("ring", "channel", "memory"))
