@@ -114,8 +114,7 @@ def main(
         report.write_json(file, name, surroundings, benchmark, results)
     if figures is not None and benchmark.draw is not None:
         figures.mkdir(parents=True, exist_ok=True)
-        good = [result for result in results if result.failure is None]
-        for drawn in benchmark.draw(good, figures, _caption(name, surroundings, good)):
+        for drawn in benchmark.draw(results, figures, _caption(name, surroundings, results)):
             console.print(f"wrote {drawn}")
     sys.exit(1 if report.failures(results) or benchmark.wrong(results) else 0)
 
@@ -126,7 +125,7 @@ def _merged(measured: Sequence[Sequence[Result]], every: Sequence[Row]) -> list[
 
 def _caption(name: str, surroundings: Mapping[str, str], results: Sequence[Result]) -> str:
     """What must stand beside every figure, in one line."""
-    counts = sorted({len(result.outcomes) for result in results})
+    counts = sorted({len(result.outcomes) for result in results if result.outcomes}) or [0]
     rounds = f"{counts[0]} to {counts[-1]} rounds" if len(counts) > 1 else f"{counts[0]} rounds"
     kernel = surroundings["kernel"].partition("-")[0]
     where = f"{surroundings['cpu']}, {surroundings['cores']} cores, Linux {kernel}"

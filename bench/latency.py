@@ -14,7 +14,7 @@ import torch
 from bench import links, payload, ways
 from bench.harness import Result, Row, numbers
 from bench.part import Json, Report, WrongAnswerError
-from bench.report import Benchmark, Grid, cell, met
+from bench.report import Benchmark, Grid, cell, met, word
 
 KIB, MIB = 1 << 10, 1 << 20
 # Size → timed messages in a round.
@@ -187,10 +187,12 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
 def _draw(results: Sequence[Result], folder: Path, caption: str) -> list[Path]:
     from bench import figures  # matplotlib is an extra
 
-    lines = {
+    lines: dict[str, figures.Line] = {
         r.row.name: [
             (nbytes, r.spread(p50(size(nbytes))).median) for nbytes in SIZES if size(nbytes) in sizes([r])
         ]
+        if r.failure is None
+        else word(r)
         for r in results
     }
     return figures.latency(folder / "latency", lines, caption)

@@ -84,14 +84,19 @@ class EndpointLink:
         """`WrongAnswerError` if a tensor that should have come through the ring came in any other way."""
         if self._endpoint.config.backend != "shm":
             return
-        received = self._endpoint.statistics()["received"]
-        others = [key for key in received if key.startswith("bytes ") and key != "bytes shm"]
-        if others or received.get("parts") or not received.get("bytes shm"):
-            raise WrongAnswerError(f"not everything came whole through the ring: {dict(received)}")
+        check_ring(self._endpoint)
 
     def close(self) -> None:
         """Close the endpoint."""
         self._endpoint.close()
+
+
+def check_ring(endpoint: transport.Endpoint) -> None:
+    """`WrongAnswerError` unless every tensor that the endpoint received came whole through a ring."""
+    received = endpoint.statistics()["received"]
+    others = [key for key in received if key.startswith("bytes ") and key != "bytes shm"]
+    if others or received.get("parts") or not received.get("bytes shm"):
+        raise WrongAnswerError(f"not everything came whole through the ring: {dict(received)}")
 
 
 def _config(column: str, limits: Mapping[str, Any]) -> transport.TransportConfig:

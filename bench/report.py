@@ -23,11 +23,12 @@ from rich.progress import (
 from rich.table import Table
 
 from bench.harness import Outcome, Result, Row, Spread
+from bench.part import Json
 
 FAILED = "FAILED"
 LACKING = "not here"
-
 _ALWAYS = float("inf")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -43,7 +44,8 @@ class Grid:
 class Benchmark:
     """What `python -m bench NAME` runs: `rows(quick)` are measured, `show(results)` makes tables of them.
 
-    `draw(results, folder, caption)` makes pictures, with the caption in small print, and returns their files.
+    `draw(results, folder, caption)` makes pictures, with the caption in small print, and returns their files;
+    a row that failed or is lacking has that written where its figure would be.
     `wrong(results)`: a line for whatever good rows contradict each other in; as bad as a row that failed.
     """
 
@@ -73,9 +75,17 @@ def cell(result: Result | None, text: Callable[[Result], str]) -> str:
     """What stands in a table for a row: its text, that it failed, that it can't be run here, or nothing."""
     if result is None:
         return ""
-    if result.failure is None:
-        return text(result)
+    return text(result) if result.failure is None else word(result)
+
+
+def word(result: Result) -> str:
+    """What is said of a row that has no figure: that it failed, or can't be run here."""
     return FAILED if result.outcomes else LACKING
+
+
+def spread_or_word(result: Result, measure: Callable[[Mapping[str, Json]], float]) -> Spread | str:
+    """What a picture shows of a row: its figure, or in its place that it failed or can't be run here."""
+    return result.spread(measure) if result.failure is None else word(result)
 
 
 def met(good: bool) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import transport
-from bench import payload
+from bench import links, payload, report
 from bench.floor import TIMEOUT
 from bench.harness import Result, Row, number, numbers
 from bench.part import Json, Report, WrongAnswerError
@@ -110,6 +110,7 @@ def far(folder: Path, *, column: str, layout: str, step: int, messages: int) -> 
             endpoint = transport.connect(f"ipc://{folder}/near", name=name, config=config)
             stack.enter_context(endpoint)
             by_fd[endpoint.fileno()] = endpoint
+        endpoints = list(by_fd.values())
         patience = 0.0 if len(names) > 1 else TIMEOUT
         while by_fd:
             for descriptor in _ready(list(by_fd)):
@@ -132,6 +133,8 @@ def far(folder: Path, *, column: str, layout: str, step: int, messages: int) -> 
                 del body
                 by_fd[descriptor].send(number, timeout=TIMEOUT)
         held.clear()
+        for endpoint in endpoints:
+            links.check_ring(endpoint)
     return Report(verified=verified)
 
 
@@ -193,11 +196,13 @@ def _show(results: Sequence[Result]) -> list[Grid]:
 
 def _grid(axis: str, chosen: Sequence[Result]) -> Grid:
     costs = [result.spread(_cost(result)).median for result in chosen if result.failure is None]
+    # Without the first there is nothing to compare with; the second would make it look flatter.
+    first = costs[0] if chosen[0].failure is None else None
     rows = [
         [
             f"{result.row.arguments['step']:,}",
             cell(result, lambda r: figure(r.spread(_cost(r)))),
-            cell(result, lambda r: f"{r.spread(_cost(r)).median / costs[0]:.2f}"),
+            cell(result, lambda r: f"{r.spread(_cost(r)).median / first:.2f}" if first else ""),
         ]
         for result in chosen
     ]
@@ -214,7 +219,7 @@ def _draw(results: Sequence[Result], folder: Path, caption: str) -> list[Path]:
 
     curves = {
         axis: [
-            (number(r.row.arguments["step"]), r.spread(_cost(r)))
+            (number(r.row.arguments["step"]), report.spread_or_word(r, _cost(r)))
             for r in results
             if r.row.arguments["column"] == axis
         ]

@@ -370,13 +370,15 @@ def _draw(results: Sequence[Result], folder: Path, caption: str) -> list[Path]:
     made = []
     for consumer, what in _READERS.items():
         chosen = [result for result in results if result.row.arguments["consumer"] == consumer]
-        for name, (title, measure, unit) in _PICTURES.items() if chosen else ():
+        image = int(number(chosen[0].row.arguments["image"])) if chosen else 0
+        for name, (title, more, measure, unit) in _PICTURES.items() if chosen else ():
             made += figures.bars(
                 folder / f"table-{name}-{consumer.replace(' ', '')}",
-                f"{title}; {what}",
+                title,
+                f"Images of {image // MB} MB; {what}.{more} Mix: the four layouts of 32 images in turn.",
                 chosen,
-                columns=LAYOUTS,
-                rows=COLUMNS,
+                columns=_TITLES,
+                sort_by="1x32",
                 measure=measure,
                 unit=unit,
                 caption=caption,
@@ -385,9 +387,17 @@ def _draw(results: Sequence[Result], folder: Path, caption: str) -> list[Path]:
 
 
 _READERS = {"drain": "the reader drains at once", "20 ms": "the reader takes 20 ms for each image"}
+_TITLES = {
+    "8x4": "8 prompts of 4 images",
+    "4x8": "4 prompts of 8 images",
+    "2x16": "2 prompts of 16 images",
+    "1x32": "1 prompt of 32 images",
+    "1x64": "1 prompt of 64 images",
+    "mix": "mix: 15 prompts, 128 images",
+}
 _PICTURES = {
-    "memory": ("Peak memory above idle", peak, "GB"),
-    "time": ("Time from the first image to the last answer, making the images included", whole, "s"),
+    "memory": ("Peak memory above idle", "", peak, "GB"),
+    "time": ("Time from first image to last answer", " Making the images is included.", whole, "s"),
 }
 
 BENCHMARK = Benchmark(

@@ -13,10 +13,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from bench import channel, machine, memory, payload, report, ring, steps, table, ways
+from bench import channel, latency, machine, memory, payload, report, ring, scale, steps, table, ways
 from bench.__main__ import BENCHMARKS
 from bench.__main__ import main as command
-from bench.harness import Outcome, Result, Row, run
+from bench.harness import ROOT, Outcome, Result, Row, run
 from bench.part import Json, WrongAnswerError
 from bench.report import FAILED
 
@@ -224,6 +224,27 @@ def test_aims_of_the_table_are_judged_by_what_was_measured() -> None:
     assert "0.60: MISSED" in judged(0.6)
 
 
+def test_scale_whose_tensors_did_not_come_through_the_ring_is_a_failed_row() -> None:
+    parts = {"near": "tests.bench.ends:by_frames", "far": "bench.scale:far"}
+    row = Row(
+        name="frames", parts=parts, arguments={"column": "leases", "layout": "1", "step": 1, "messages": 1}
+    )
+    (result,) = run([row], rounds=1)
+    assert result.failure is not None
+    assert "far: WrongAnswerError: not everything came whole through the ring" in result.failure
+
+
+def test_without_the_first_step_nothing_is_called_a_multiple_of_it() -> None:
+    rows = [row for row in scale.BENCHMARK.rows(False) if row.arguments["column"] == "leases"]
+    bad = Outcome(round=0, position=0, seconds=1.0, values={}, failure="far: killed by SIGKILL")
+    results = [Result(row=row, outcomes=[_good({"us": [100.0 * at]})]) for at, row in enumerate(rows, 1)]
+    (grid,) = scale.BENCHMARK.show(results)
+    assert [cells[2] for cells in grid.rows] == ["1.00", "2.00", "3.00", "4.00", "5.00"]
+    (grid,) = scale.BENCHMARK.show([Result(row=rows[0], outcomes=[bad]), *results[1:]])
+    assert [cells[2] for cells in grid.rows] == [FAILED, "", "", "", ""]
+    assert not grid.notes
+
+
 def _table_values(seconds: float) -> Mapping[str, Json]:
     """Every layout takes as long as the others, in a second of its own, and a little more memory."""
     samples = [[float(at), 1.0, 1.0, 100e6 * at] for at in range(7)]
@@ -343,6 +364,37 @@ def test_slices_are_shown_and_drawn_without_measuring_again(name: str, tmp_path:
     drawn = list((tmp_path / "drawn").iterdir())
     assert {file.suffix for file in drawn} == {".svg", ".png"}
     assert all(1000 < file.stat().st_size < 200_000 for file in drawn)
+
+
+DRAW = """
+import dataclasses, sys
+from pathlib import Path
+import matplotlib
+from bench import figures, latency, report, scale, table
+matplotlib.rcParams["svg.fonttype"] = "none"
+for name, benchmark in (("table", table), ("latency", latency), ("scale", scale)):
+    _, results = report.read_json(Path(sys.argv[1], f"{name}.json"), name, ())
+    benchmark.BENCHMARK.draw(results, Path(sys.argv[1]), "caption")
+"""
+
+
+def test_pictures_say_what_failed_or_is_not_here_in_its_place(tmp_path: Path) -> None:
+    values: dict[str, Json] = {**_table_values(1.0), "us": [3.0, 4.0]}
+    values |= {name: [30.0] for name in map(latency.size, latency.SIZES)}
+    bad = Outcome(round=0, position=0, seconds=1.0, values={}, failure="far: killed by SIGKILL")
+    for name in ("table", "latency", "scale"):
+        rows = [row for row in BENCHMARKS[name].rows(False) if row.arguments.get("consumer") != "20 ms"][:3]
+        outcomes: list[list[Outcome]] = [[bad], [_good(values)], []]
+        results = [Result(row=row, outcomes=each) for row, each in zip(rows, outcomes, strict=True)]
+        benchmark = _without_tables(BENCHMARKS[name])
+        report.write_json(tmp_path / f"{name}.json", name, machine.describe(), benchmark, results)
+    # In a process of its own: matplotlib keeps its fonts' files open.
+    subprocess.run([sys.executable, "-c", DRAW, str(tmp_path)], cwd=ROOT, check=True)
+    for picture in ("table-memory-drain", "table-time-drain", "latency", "scale"):
+        drawn = (tmp_path / f"{picture}.svg").read_text()
+        assert FAILED in drawn, picture
+        assert report.LACKING in drawn, picture
+    assert f"floor: one copy, one zmq message {FAILED}" in (tmp_path / "latency.svg").read_text()
 
 
 def test_row_that_is_not_there_is_refused_with_those_that_are() -> None:
