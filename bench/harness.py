@@ -1,8 +1,9 @@
 """Runs the rows of a benchmark in fresh processes, in an order shuffled each round, and says which failed.
 
-A row is one cell of measurement: a few parts (usually a near and a far end), each a process of its own,
-started for this round alone. A part that crashes, raises, finds wrong bytes or is not done in time, and a
-row in which fewer answers were checked than were sent, make the row FAILED with the reason; the others go on.
+A row is what one set of processes measures, a cell of a table or a line of it: a few parts (usually a near
+and a far end), each a process of its own, started for this round alone. A part that crashes, raises, finds
+wrong bytes or is not done in time, and a row in which fewer answers were checked than were sent, make the row
+FAILED with the reason; the others go on.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _GRACE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One cell of a benchmark.
+    """What a benchmark measures in one set of processes.
 
     `parts` maps a role to "module:function"; each function is called as function(folder, **arguments) in a
     fresh process, `folder` being an empty directory that the parts of this round share. `limit`: seconds.

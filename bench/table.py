@@ -38,7 +38,8 @@ COLUMNS = (
     "iceoryx2",
     "ray",
 )
-# Images of each prompt, by layout; one that follows another needs no less memory at once.
+# Images of each prompt, by layout, in the order in which a row's processes go through them. Each needs no
+# less memory at once than those before it, but for mix, which finds the memory of 1x64.
 LAYOUTS: Mapping[str, tuple[int, ...]] = {
     "8x4": (4,) * 8,
     "4x8": (8,) * 4,
@@ -68,11 +69,13 @@ other without waiting; "seconds" run from then to the last answer, less the time
 images, "whole" is with it: what a way does in the background while near makes the next images is seen in
 "whole" alone. 8x4 are 8 prompts of 4 images, and so on; "mix" are the prompts of 8x4, 4x8, 2x16 and 1x32,
 128 images. Memory is sampled every {sampler.INTERVAL * 1000:g} ms by a process outside: Pss_Anon +
-Pss_File of the process tree from smaps_rollup, and what is allocated to the files in /dev/shm that
-they map (or, where they map none by name, Pss_Shmem); "peak" is the highest sum of a layout's samples,
-less its mean while both ends were idle after a small first message. Kernel socket buffers are not seen.
-CPU and page faults are those of the process tree in the timed part, from /proc/PID/stat. Each row is fresh
-processes each round, which go through the layouts in the order of the table. Figures: medians."""
+Pss_File of the process tree from smaps_rollup, less their mean while both ends were idle after a small
+first message, and what is allocated to the files in /dev/shm that they map or that are named after the row
+(or, where there are none, Pss_Shmem), idle or not; "peak" is the highest sum of a layout's samples. Kernel
+socket buffers are not seen.
+CPU and page faults are those of the process tree in the timed part, from /proc/PID/stat. Each row (a way
+with a reader) is fresh processes each round, which go through the layouts in the order of the table: a layout
+finds the memory that those before it left, and what a way keeps of them counts. Figures: medians."""
 
 
 def near(

@@ -130,7 +130,11 @@ class Near:
 
 
 class Far:
-    """The engine's side, as process_input_sockets has it: DEALER in, one decoder."""
+    """The engine's side: the socket and the decoder of process_input_sockets, DEALER in.
+
+    vLLM runs that in a thread of its own, which decodes a request while the engine is at those before it.
+    Here one thread takes a message, reads its images and answers; only zmq's own thread goes on meanwhile.
+    """
 
     def __init__(self, folder: Path, queue: Queue[Any] | None) -> None:
         serial = load("vllm.v1.serial_utils")
@@ -150,8 +154,9 @@ class Far:
         return Request
 
     def receive(self) -> Body:
-        """As process_input_sockets. `WrongAnswerError` if a tensor came another way than is measured.
+        """What process_input_sockets does with a message.
 
+        `WrongAnswerError` if a tensor came another way than is measured.
         vLLM's sender goes over to the socket, with no more than a warning, when it can't use its queue.
         """
         if not self._socket.poll(int(START_TIMEOUT * 1000)):
