@@ -63,11 +63,14 @@ def space() -> Space:
     return Space(stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize, _cgroup(), _machine())
 
 
-def check(nbytes: int, purpose: str) -> None:
-    """`NoSpace`, with the sizes and what to do, unless that many bytes can be had now."""
+def check(nbytes: int, purpose: str, spare: int = 0) -> None:
+    """`NoSpace`, with the sizes and what to do, unless that many bytes can be had now, and `spare` bytes of
+    /dev/shm are still free then.
+    """
     now = space()
-    if nbytes > now.available:
-        raise NoSpace(f"{purpose} needs {human(nbytes)}, but {now}. {REMEDY}")
+    if nbytes > now.available or nbytes > now.free - spare:
+        left = f", of which {human(spare)} are left to others" if spare else ""
+        raise NoSpace(f"{purpose} needs {human(nbytes)}, but {now}{left}. {REMEDY}")
 
 
 def require_space(nbytes: int) -> None:

@@ -43,6 +43,7 @@ class Placement:
         *,
         share: float,
         growth: int,
+        spare: int,
         look: Callable[[], int],
         trace: Trace | None,
     ) -> None:
@@ -53,6 +54,7 @@ class Placement:
         self._segment = segment
         self._share = share
         self._growth = at.round_up(growth, at.PAGE)
+        self._spare = spare  # bytes of /dev/shm that growing leaves free
         self._look = look
         self._trace = trace
         self._extents = Extents(self.capacity)
@@ -167,7 +169,7 @@ class Placement:
             self._ahead.start()
 
     def _reserve(self, mark: int) -> None:
-        if self._segment.grow(mark) and self._trace:
+        if self._segment.grow(mark, self._spare) and self._trace:
             self._trace("grow", {"mark": mark})
 
     def _step_ahead(self) -> None:

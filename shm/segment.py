@@ -114,17 +114,18 @@ class WriterSegment(Segment):
         """Take the pages of a column, so that reading it never faults. `NoSpace` when there are none."""
         _reserve(self.fd, self.layout.column_offset(column), self.layout.column_bytes, "a reader's column")
 
-    def grow(self, mark: int) -> bool:
+    def grow(self, mark: int, spare: int = 0) -> bool:
         """Reserve pages up to `mark` bytes of data and publish it; whether that was still to be done.
 
-        `NoSpace` leaves all as it was. Safe for several threads.
+        `NoSpace` leaves all as it was, also where less than `spare` bytes of /dev/shm would stay free. Safe
+        for several threads.
         """
         with self._growing:
             start = self.mark
             if mark <= start:
                 return False
             purpose = f"growing the ring from {memory.human(start)} to {memory.human(mark)}"
-            _reserve(self.fd, self.layout.data_offset + start, mark - start, purpose)
+            _reserve(self.fd, self.layout.data_offset + start, mark - start, purpose, spare)
             self.mark = self.header[at.H_MARK] = mark
             self.tenure.grown(mark)
             return True
@@ -323,9 +324,9 @@ def _column_lock(fd: int, column: int) -> LivenessLock:
         raise AdmissionFailed(f"column {column} is held by another reader") from error
 
 
-def _reserve(fd: int, offset: int, nbytes: int, purpose: str) -> None:
+def _reserve(fd: int, offset: int, nbytes: int, purpose: str, spare: int = 0) -> None:
     """Take pages now, so that touching them later is never SIGBUS. `NoSpace` with sizes and remedy."""
-    memory.check(nbytes, purpose)
+    memory.check(nbytes, purpose, spare)
     with _no_space(purpose):
         os.posix_fallocate(fd, offset, nbytes)
 

@@ -68,8 +68,9 @@ class RingWriter:
     """A ring of `capacity` bytes for up to `slots` records and `columns` readers.
 
     `share` is the part of the capacity (0 to 1) that one reader may hold or be sent at a time, `growth`
-    the bytes of pages that are reserved at a step. `trace`, if given, is called as trace(event, fields)
-    at every step that another process can see: reserve, grow, publish, commit, closing, freed, admit.
+    the bytes of pages that are reserved at a step, `spare` those of /dev/shm that this leaves free.
+    `trace`, if given, is called as trace(event, fields) at every step that another process can see:
+    reserve, grow, publish, commit, closing, freed, admit.
     `watch` hears of the mapping of the data, its growth and its end.
     Raises `NoSpace` when /dev/shm or memory is short of the control pages.
     """
@@ -82,6 +83,7 @@ class RingWriter:
         columns: int = 64,
         share: float = 1.0,
         growth: int = GROWTH_BYTES,
+        spare: int = 0,
         trace: Trace | None = None,
         watch: Watch | None = None,
     ) -> None:
@@ -96,7 +98,9 @@ class RingWriter:
         self._lock = threading.RLock()
         self._ledger = Ledger(layout.slots)
         self._columns = Columns(self._segment)
-        self._placement = Placement(self._segment, share=share, growth=growth, look=self._look, trace=trace)
+        self._placement = Placement(
+            self._segment, share=share, growth=growth, spare=spare, look=self._look, trace=trace
+        )
         self._shares = Shares(self._segment, self._ledger, self._columns, self._placement)
         self._waiting: dict[object, float] = {}  # who waits for space, in order, and since when
         self._since_look = 0

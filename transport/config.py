@@ -40,6 +40,9 @@ class TransportConfig:
     ring_step_bytes: int = _option(
         16 << 20, "pages of the ring are taken in steps of so much, one step ahead", least=4096
     )
+    shm_spare_bytes: int = _option(
+        0, "the ring grows only while so much of /dev/shm stays free for others", least=0
+    )
     inline_below: int = _option(
         65536, "auto: tensors smaller than this travel in the control message", least=0
     )

@@ -21,6 +21,9 @@ KEY = "tensorferry"
 _RING_BYTES = 2 << 30  # two prompts of 32 images of 1 megapixel in float32, as vLLM keeps the last one
 # An image is larger. Steps of the usual size would keep up to two of them reserved beyond what is needed.
 _RING_STEP_BYTES = 1 << 20
+# What the queue from an EngineCore to its workers may touch: 10 chunks of 16 MiB. It does not reserve them,
+# and where no page is left its writer dies of SIGBUS.
+_SPARE_BYTES = 160 << 20
 _YOUNG = 10.0  # seconds; a socket that zmq has bound and not yet listened at refuses, too
 _FIXED = {"backend", "trace", "insecure"}  # vLLM's own path is what the ring is not
 
@@ -67,6 +70,7 @@ def settings_of(additional_config: object, *, engines: int = 1) -> Settings | No
     defaults: dict[str, Any] = {
         "ring_bytes": _RING_BYTES,
         "ring_step_bytes": _RING_STEP_BYTES,
+        "shm_spare_bytes": _SPARE_BYTES,
         "peer_share": 1.0 if engines == 1 else 0.5,
     }
     return Settings(TransportConfig(**{**defaults, **options}, backend="shm"), float(copy_above))

@@ -18,6 +18,7 @@ from engine.vllm import counts, roles
 from engine.vllm.mailbox import Mailbox
 from engine.vllm.roles import Core, Front, Worker
 from engine.vllm.settings import Settings, front_address, settings_of, sweep
+from tests.shm.rings import run_python
 from transport.conformance import joined
 
 ENGINE = (0).to_bytes(2, "little")
@@ -299,6 +300,35 @@ def test_where_no_ring_fits_all_goes_vllms_way_and_that_is_said_once(
     finally:
         front.close()
         core.close()
+
+
+_LENDS_ALL = """
+import contextlib, os
+import torch
+import transport
+from engine.vllm.settings import settings_of
+
+settings = settings_of({"tensorferry": {"ring_bytes": 200 << 20}})
+with transport.Endpoint("front", settings.transport) as front, contextlib.ExitStack() as loans:
+    try:
+        for number in range(100):
+            loans.enter_context(front.loan((8 << 20,), torch.uint8, timeout=0.0))
+    except transport.Full as error:
+        print(number, error)
+    free = os.statvfs("/dev/shm")
+    print(free.f_bavail * free.f_frsize)
+    with open("/dev/shm/another's", "wb") as file:  # as vLLM's queue, which reserves nothing
+        os.posix_fallocate(file.fileno(), 0, 158 << 20)
+"""
+
+
+def test_the_ring_leaves_of_dev_shm_what_vllm_itself_needs() -> None:
+    done = run_python(_LENDS_ALL, shm_size="208m")
+    assert done.returncode == 0, done.stderr
+    said, free = done.stdout.splitlines()
+    assert 4 <= int(said.split()[0]) <= 6  # 48 MiB less control pages and the rest of a loan
+    assert "of which 160 MiB are left to others" in done.stderr
+    assert int(free) >= 160 << 20
 
 
 def fill(front: Front, loans: ExitStack) -> None:

@@ -177,6 +177,7 @@ class ShmOutbound(Outbound):
                     columns=config.max_readers,
                     share=config.peer_share,
                     growth=config.ring_step_bytes,
+                    spare=config.shm_spare_bytes,
                     trace=ring_trace(config),
                     watch=registration.rings.watch,
                 )
