@@ -39,7 +39,8 @@ def arguments(options: dict[str, Any]) -> dict[str, Any]:
 
 def result(said: list[Any], counted: dict[str, list[int]]) -> str:
     """The line by which the one who started this program gets what it wants."""
-    return "RESULT " + json.dumps({"said": said, "ways": counted})
+    plugin = "engine.vllm_plugin" in sys.modules
+    return "RESULT " + json.dumps({"said": said, "ways": counted, "plugin": plugin})
 
 
 def child(name: str) -> int:

@@ -37,9 +37,9 @@ NOT_LINKED = {"front: front end to engine: vLLM (not linked)": [8, 8 * TENSOR]}
             id="consumer",
         ),
         pytest.param(
-            "vllm.v1.metrics.loggers:LoggingStatLogger.log",
+            "vllm.v1.metrics.loggers:LoggingStatLogger",
             "the line of counters is not as known here"
-            " (type object 'LoggingStatLogger' has no attribute 'log')",
+            " (module 'vllm.v1.metrics.loggers' has no attribute 'LoggingStatLogger')",
             RING,
             id="log",
         ),

@@ -100,4 +100,7 @@ def test_a_dev_shm_of_64_mb(model: Path) -> None:
     mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$0" "$@"'
     result = run(model, unshare, "--mount", "sh", "-c", mount, additional_config=ferry())
     assert result["said"] == stock(model)
-    assert RING_1 not in result["ways"]
+    assert result["ways"] == {"front: front end to engine: vLLM (not linked)": [8, 8 * TENSOR]}
+    warnings = [line for line in result["log"].splitlines() if "tensorferry: tensors go vLLM's way: " in line]
+    assert len(warnings) == 1
+    assert "a ring of 256 MiB does not fit: /dev/shm has" in warnings[0]
