@@ -344,7 +344,7 @@ def _without_tables(benchmark: report.Benchmark) -> report.Benchmark:
 
 
 @pytest.mark.parametrize(
-    "name", ["table", *(pytest.param(name, marks=pytest.mark.stress) for name in ("latency", "scale"))]
+    "name", ["latency", *(pytest.param(name, marks=pytest.mark.stress) for name in ("table", "scale"))]
 )
 def test_slices_are_shown_and_drawn_without_measuring_again(name: str, tmp_path: Path) -> None:
     values: dict[str, Json] = {**_table_values(1.0), "us": [3.0, 4.0]}

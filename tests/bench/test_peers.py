@@ -18,12 +18,23 @@ import torch.multiprocessing
 import zmq
 
 from bench import sampler, ways
+from bench.harness import Row, run
 from bench.links import Link
-from bench.part import WrongAnswerError
+from bench.part import Json, WrongAnswerError
 from bench.peers import segments
 from bench.peers.bodies import split
 
 MIB = 1 << 20
+
+# What is here everywhere is run by `make stress`, as is Ray, which starts a cluster for each row.
+PEERS = [
+    "iceoryx2",
+    "zenoh",
+    "vllm rpc",
+    "vllm torch_shm",
+    "vllm shm store",
+    *(pytest.param(way, marks=pytest.mark.stress) for way in ("segment", "ray")),
+]
 
 # Greets as vLLM's engine does, then is stopped, so that zmq can't be done with what is sent to it.
 ENGINE = """
@@ -63,6 +74,35 @@ def test_a_segment_is_counted_while_nobody_maps_it_and_gone_when_the_reader_drop
         near.close()
         far.close()
         zmq.Context.instance().term()
+
+
+@pytest.mark.parametrize("way", ["shm", *PEERS])
+def test_small_row_of_latency_runs_and_every_answer_is_checked(way: str) -> None:
+    _needed(way)
+    ((name, result),) = _run(way, latency="bench.latency").items()
+    assert result is None, name
+
+
+@pytest.mark.parametrize("way", PEERS)
+def test_wrong_bytes_and_a_dying_far_end_are_failed_rows(way: str) -> None:
+    _needed(way)
+    results = _run(way, wrong="tests.bench.wrong", dying="tests.bench.ends")
+    assert "message 1: checksum" in str(results["wrong"])
+    assert any(said in str(results["dying"]) for said in ("SIGKILL", "status -9", "Actor"))
+
+
+def _run(way: str, **ends: str) -> dict[str, str | None]:
+    """Why a row of each of these ends failed, by this way and small."""
+    more: dict[str, dict[str, Json]] = {"latency": {"plan": [[64 << 10, 3], [MIB, 2]]}}
+    rows = [
+        Row(
+            name=name,
+            parts=ways.parts(way),
+            arguments=ways.arguments(way, module, nbytes=MIB, count=1, **more.get(name, {})),
+        )
+        for name, module in ends.items()
+    ]
+    return {result.row.name: result.failure for result in run(rows, rounds=1)}
 
 
 def _maps() -> str:
