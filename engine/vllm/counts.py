@@ -81,9 +81,9 @@ class Counts:
         self._next = time.monotonic() + _WRITE_EVERY
         with guard.Harmless("the counters for Prometheus"):
             self._publish()
-        state = {"tensors": self.rows(), "hooked": points.hooked, "failed": guard.failures}
+        state = {"tensors": self.rows(), "hooked": points.hooked, "failed": dict(guard.failures)}
         text = json.dumps({"role": self.role, "pid": os.getpid(), **state, **more})
-        if text != self._written:
+        if text != self._written or not self._file.exists():
             self._write(text)
 
     def _write(self, text: str) -> None:

@@ -34,7 +34,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from engine.vllm.counts import FRONT, WORKERS, Counts
 from engine.vllm.mailbox import Key, Mailbox
 from engine.vllm.settings import Settings, core_address, exists, front_address, sweep
-from transport import Endpoint, Full, Message, TransportError
+from transport import Endpoint, Full, Message, RateLimit, TransportError
 
 _log = logging.getLogger("vllm.tensorferry")
 
@@ -57,6 +57,7 @@ class _Party:
         self.pid = os.getpid()
         self._hop = hop
         self._ringless = False  # no ring can be made here
+        self._warnings = RateLimit()
         self._numbers = itertools.count(1)
         self._used = 0  # bytes of the ring, as of the last message and what it added
         # Before the endpoint's own finalizer takes the sockets from under the mailbox's thread.
@@ -107,9 +108,10 @@ class _Party:
             with self.endpoint.loan((1,), torch.uint8, timeout=0.1):
                 pass  # making room is what makes the offers
         except Full as error:
-            if "ring" not in self.endpoint.statistics()["backend"]:  # else it is full just now
-                self._ringless = True
-                _log.warning("tensorferry: tensors go vLLM's way: %s", error)
+            made = "ring" in self.endpoint.statistics()["backend"]  # and is full, or has no page yet
+            self._ringless = not made
+            text = f"tensorferry: tensors go vLLM's way{' as long as that is so' if made else ''}: {error}"
+            self._warnings.tell(_log.warning, text, "offer")
         return not self._ringless
 
     def notice(self, sender: str, body: dict[str, Any]) -> None:

@@ -187,9 +187,10 @@ def test_counters_that_cannot_be_saved_are_published_and_saved_later(
 
 def test_a_folder_that_was_removed_is_made_again(folder: Path) -> None:
     counts = Counts("front")
-    shutil.rmtree(folder)
-    counts.save(now=True)
-    assert [process["role"] for process in saved()] == ["front"]
+    for _ in range(2):  # also where nothing was counted since
+        shutil.rmtree(folder)
+        counts.save(now=True)
+        assert [process["role"] for process in saved()] == ["front"]
     shutil.rmtree(folder)
     counts.remove()
 
