@@ -9,6 +9,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from enum import Enum
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,21 @@ def test_a_client_whose_configuration_is_elsewhere_is_left_alone(
     vllm_plugin._client_made(original, made, vllm_config=config)
     assert original.calls == [((made,), {"vllm_config": config})]
     assert "no attribute 'vllm_config'; tensors go vLLM's way" in tracebacks(caplog)[0]
+
+
+@pytest.mark.parametrize(("version", "warned"), [("0.25.1", False), ("0.24.0", True)])
+def test_a_version_that_was_not_tried_is_warned_of_where_rings_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str, warned: bool
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda _name: version)
+    for configured in (False, True):
+        config = types.SimpleNamespace(
+            additional_config={"tensorferry": configured}, parallel_config=None, model_config=None
+        )
+        made = types.SimpleNamespace(vllm_config=config, engine_ranks_managed=[0], core_engine=ENGINE)
+        vllm_plugin._client_made(Calls(), made)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["tensorferry: vLLM 0.24.0 was not tried; known are 0.25.1 up to 0.33.0"] * warned
 
 
 def engine(additional_config: Any) -> Any:
