@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -135,7 +136,7 @@ class Front(_Party):
     def __init__(self, settings: Settings, vllm_address: str) -> None:
         self._ready: frozenset[str] = frozenset()
         self._target: str | None = None
-        self._lent: dict[int, Key | None] = {}  # by id of the tensor, of the message that is being encoded
+        self._lent: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of the message that is being encoded
         self._pool = ThreadPoolExecutor(settings.transport.threads, thread_name_prefix="tensorferry-copy")
         self._since = time.monotonic()
         super().__init__(settings, f"front-{os.getpid()}-{secrets.token_hex(4)}", FRONT, "front")
@@ -157,12 +158,14 @@ class Front(_Party):
         """What is encoded meanwhile is for the engine of that identity of vLLM's.
 
         tensors: those of the message as far as they are known: copied all at a time, by several threads.
+        One that occurs more than once is sent once.
         """
         self._target = _ENGINE.format(int.from_bytes(engine, "little"))
         try:
             if self._target in self._ready:
                 self.measure()
-                self._lend_all([tensor for tensor in tensors if self.suits(tensor)], self._target)
+                once = {id(tensor): tensor for tensor in tensors if self.suits(tensor)}
+                self._lend_all(list(once.values()), self._target)
             yield
         finally:
             self._target = None
@@ -175,9 +178,12 @@ class Front(_Party):
         if self._target not in self._ready:
             self._refused("not linked", tensor.nbytes)
             return None
-        lent = id(tensor) in self._lent
-        key = self._lent[id(tensor)] if lent else self.put(tensor, [self._target])
-        return None if key is None else {"tensorferry": list(key)}
+        key: Key | None = self._lent.get(tensor)  # type: ignore[no-untyped-call]
+        key = key or self.put(tensor, [self._target])
+        if key is None:
+            return None
+        self._lent[tensor] = key
+        return {"tensorferry": list(key)}
 
     def _lend_all(self, tensors: Sequence[torch.Tensor], target: str) -> None:
         """Send the tensors in order, each when its copy is done; what finds no room is left to `lend`."""
@@ -186,7 +192,7 @@ class Front(_Party):
             for tensor, loan, parts in copies:
                 for part in parts:
                     part.result()  # a copy waits for nobody
-                self._lent[id(tensor)] = self.put(loan, [target])
+                self._lent[tensor] = self.put(loan, [target])
         finally:
             wait([part for _, _, parts in copies for part in parts])
 
@@ -234,6 +240,7 @@ class Core(_Party):
         self._reported: list[Any] = []
         # By identity, and outside of the tensors, whose attributes vLLM would pickle.
         self._lent: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._provided: WeakValueDictionary[Key, torch.Tensor] = WeakValueDictionary()
         super().__init__(settings, _ENGINE.format(index), WORKERS, "engine")
         if workers:
             self.endpoint.listen(core_address(os.getpid()))
@@ -246,11 +253,17 @@ class Core(_Party):
         self._fronts[address] = front
 
     def provide(self, shape: tuple[int, ...], dtype: str, meta: dict[str, Any]) -> torch.Tensor:
-        """The tensor of what `Front.lend` gave. LookupError when it is gone."""
+        """The tensor of what `Front.lend` gave, as often as it was lent. LookupError when it is gone."""
         front, number = meta["tensorferry"]
-        tensor, message = self.mailbox.take(front, (front, number), _TAKE_TIMEOUT)
+        tensor = self._provided.get((front, number))
+        if tensor is None:
+            tensor = self._provided[front, number] = self._take(front, number)
         if tuple(tensor.shape) != tuple(shape) or str(tensor.dtype) != f"torch.{dtype}":
             raise LookupError(f"tensor {number} of {front} is {tensor.dtype} {tuple(tensor.shape)}")
+        return tensor
+
+    def _take(self, front: str, number: int) -> torch.Tensor:
+        tensor, message = self.mailbox.take(front, (front, number), _TAKE_TIMEOUT)
         # Another Python object over the same memory: one that the message refers to would make a cycle.
         tensor = tensor.view(tensor.shape)
         if message is not None:

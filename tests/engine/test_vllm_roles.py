@@ -152,6 +152,23 @@ def test_the_tensors_of_a_request_are_copied_together_and_are_records_of_their_o
     until(lambda: used(front) < 2 * prompt.nbytes // 4)
 
 
+@pytest.mark.parametrize("copy_above", [1.0, 0.0], ids=["views", "copied out"])
+@pytest.mark.parametrize("announced", [True, False], ids=["announced", "met by the encoder"])
+def test_a_tensor_that_a_request_has_several_times_travels_once(
+    address: str, copy_above: float, announced: bool
+) -> None:
+    """As vLLM's cache gives the same tensor for the same image, and shared fields for all of a batch."""
+    parts = [same := image(1), image(2), same, same]
+    with linked(address, copy_above) as (front, core):
+        with front.sending_to(ENGINE, parts if announced else ()):
+            metas = [front.lend(part) for part in parts]
+        got = [provide(core, meta) for meta in metas]
+        assert all(map(torch.equal, got, parts))
+        assert [(count, nbytes) for _, _, count, nbytes in front.counts.rows()] == [(2, 2 * same.nbytes)]
+        del got
+        until(lambda: used(front) == 0)
+
+
 def test_of_a_request_too_large_for_the_ring_some_tensors_go_vllms_way(keeping: tuple[Front, Core]) -> None:
     front, core = keeping
     parts = [image(seed) for seed in range(20)]  # 24 MB into 16

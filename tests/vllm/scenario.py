@@ -108,6 +108,9 @@ def main() -> None:
     firsts, kill = given.pop("firsts", [0, 1000]), given.pop("kill", "")
     mode = given.pop("mode", "offline")
     batches = [prompts(layout[0], layout[1], side, first) for first in firsts]
+    if given.pop("same", False):  # every image of a prompt is its first one
+        for images in (prompt["multi_modal_data"]["image"] for batch in batches for prompt in batch):
+            images[:] = images[:1] * len(images)
     options = arguments(given)
     offline_ = mode == "offline"
     said, counted = offline(options, batches, kill) if offline_ else asyncio.run(served(options, batches))

@@ -93,6 +93,15 @@ def test_data_parallel(model: Path) -> None:
     handed_on(result["ways"], tensors=16, readers=1)  # each engine has a worker process
 
 
+def test_an_image_several_times_in_a_prompt(model: Path) -> None:
+    """With several engines vLLM's cache gives one tensor for all of them, which travels once on each hop."""
+    options = {"mode": "served", "layout": [4, 3], "same": True, "mm_processor_cache_gb": 1}
+    result = run(model, additional_config=ferry(), data_parallel_size=2, **options)
+    assert result["said"] == stock(model, **options)
+    assert result["ways"][RING_1] == [8, 8 * TENSOR]
+    handed_on(result["ways"], tensors=8, readers=1)
+
+
 def test_a_dev_shm_of_64_mb(model: Path) -> None:
     unshare = shutil.which("unshare")
     if unshare is None or os.getuid():
