@@ -32,6 +32,7 @@ import torch
 
 from engine.vllm import points
 from engine.vllm.guard import Around, Harmless, pick
+from engine.vllm.mailbox import Key
 from engine.vllm.roles import Core, Front, Worker
 from engine.vllm.settings import Settings, settings_of, sweep
 from transport import RateLimit
@@ -216,8 +217,16 @@ def _tensors_of(request: Any) -> Iterator[torch.Tensor]:
     """Those of a request's images, videos and sounds; what is not found here is met by the consumer."""
     for feature in getattr(request, "mm_features", None) or ():
         for element in (getattr(feature, "data", None) or {}).values():
-            data = getattr(element, "data", None)
-            yield from (t for t in (data if isinstance(data, list) else [data]) if type(t) is torch.Tensor)
+            yield from _tensors_in(getattr(element, "data", None))
+
+
+def _tensors_in(data: Any) -> Iterator[torch.Tensor]:
+    """Those of nested lists, in the order of vLLM's encoder."""
+    if type(data) is torch.Tensor:
+        yield data
+    elif isinstance(data, list | tuple):
+        for inner in data:
+            yield from _tensors_in(inner)
 
 
 def _hook_log() -> bool:
@@ -387,7 +396,7 @@ def _worker_begins(original: Callable[..., Any], wrapper: Any, *arguments: Any, 
     return original(wrapper, *arguments, **named)
 
 
-def take(sender: str, key: tuple[str, int]) -> torch.Tensor:
+def take(sender: str, key: Key) -> torch.Tensor:
     """In a worker: the tensor that its EngineCore handed on. RuntimeError when it is gone."""
     if _worker is None:
         raise RuntimeError("tensorferry: this process is no worker with a link to its EngineCore")

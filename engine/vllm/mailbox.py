@@ -26,7 +26,7 @@ _LOOK_SOON, _LOOK = 0.05, 1.0
 _DIAL_FOR, _DIAL_OFTEN_FOR = 900.0, 60.0  # seconds: loading a model takes long
 _DIAL_TIMEOUT = 2.0
 
-Key = tuple[str, int]  # who put the tensor first, and its number there
+Key = tuple[str, int, int]  # who put the tensor first, for which of its messages, and its number there
 Arrival = tuple[torch.Tensor, Message | None]  # without a message the tensor is a copy
 
 
@@ -55,25 +55,22 @@ class Mailbox:
         self._thread.start()
 
     def take(self, sender: str, key: Key, timeout: float) -> Arrival:
-        """The tensor of that key. What came from the same sender before it was never asked for: its
-        message was not sent, or its request is gone. LookupError when it does not come in time.
+        """The tensor of that key. LookupError when it does not come in time.
+
+        Those of one message may be asked for in any order. What came from the same sender before, and for
+        another message, is never asked for: that message was not sent, or its request is gone.
         """
         deadline = time.monotonic() + timeout
         with self._came:
-            while True:
-                queue = self._queues.get(sender, deque())
-                if any(key == other for other, _ in queue):
-                    while True:
-                        found, arrival = queue.popleft()
-                        if found == key:
-                            return arrival
+            while (arrival := self._pop(sender, key)) is None:
                 left = deadline - time.monotonic()
                 if left <= 0 or self._closed.is_set():
                     raise LookupError(
-                        f"tensor {key[1]} of {key[0]} did not come from {sender} in {timeout:g} s:"
+                        f"tensor {key[2]} of {key[0]} did not come from {sender} in {timeout:g} s:"
                         f" {self._account(sender)}"
                     )
                 self._came.wait(left)
+            return arrival
 
     def dial(self, address: str, done: Callable[[str], None] = lambda _: None) -> None:
         """Link with who will listen at an `ipc://` address, in a thread; `done` gets the peer's name."""
@@ -90,6 +87,19 @@ class Mailbox:
             with self._came:
                 self._queues.clear()
                 self._came.notify_all()
+
+    def _pop(self, sender: str, key: Key) -> Arrival | None:
+        queue = self._queues.get(sender, deque())
+        place = next((place for place, (found, _) in enumerate(queue) if found == key), None)
+        if place is None:
+            return None
+        _, arrival = queue[place]
+        del queue[place]
+        for _ in range(place):
+            if queue[0][0][:2] == key[:2]:
+                break
+            queue.popleft()
+        return arrival
 
     def _account(self, sender: str) -> str:
         try:
@@ -130,8 +140,8 @@ class Mailbox:
         tensor: torch.Tensor = body["tensor"]
         arrival: Arrival = (tensor.clone(), None) if body["copy"] else (tensor, message)
         with self._came:
-            key = (body["front"], body["number"])
-            self._queues.setdefault(message.sender, deque()).append((key, arrival))
+            who, of, number = body["key"]
+            self._queues.setdefault(message.sender, deque()).append(((who, of, number), arrival))
             self._came.notify_all()
 
     def _forget_the_dead(self) -> None:

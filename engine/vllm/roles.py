@@ -4,7 +4,7 @@
 
 Each is one endpoint. The front end listens; its engines and their workers link with it and map its ring.
 An EngineCore listens for its workers. Who puts a tensor sends it as a message of ours and gives vLLM a key
-(who, number) to carry in its place; the receiver takes our message by that key.
+(who, message, number) to carry in its place; the receiver takes our message by that key.
 
 - In flight the sender's link counts on the record until the receiver's thread has opened and acknowledged it.
 - The view that the receiver gets keeps the record, for as long as vLLM keeps the tensor.
@@ -60,6 +60,7 @@ class _Party:
         self._ringless = False  # no ring can be made here
         self._warnings = RateLimit()
         self._numbers = itertools.count(1)
+        self._message = 0  # of vLLM's
         self._used = 0  # bytes of the ring, as of the last message and what it added
         # Before the endpoint's own finalizer takes the sockets from under the mailbox's thread.
         atexit.register(self.close)
@@ -72,24 +73,25 @@ class _Party:
         if nbytes > self.settings.largest:
             self._refused("larger than the ring", nbytes)
             return None
-        number = next(self._numbers)
+        key = (self.name, self._message, next(self._numbers))
         self._used += nbytes
         copy = self._used > self.settings.copy_above * self.settings.transport.ring_bytes
-        body = {"front": self.name, "number": number, "copy": copy, "tensor": tensor.detach()}
+        body = {"key": key, "copy": copy, "tensor": tensor.detach()}
         try:
             self.endpoint.try_send(body, to=readers)
         except (TransportError, TypeError) as error:
             self._refused(type(error).__name__, nbytes)
             return None
         self.counts.add(self._hop, "copied out" if copy else "ring", nbytes)
-        return self.name, number
+        return key
 
     def suits(self, tensor: torch.Tensor) -> bool:
         """Whether it is worth the ring; what is small, or on a device, is vLLM's."""
         return tensor.is_cpu and tensor.nbytes >= self.settings.transport.inline_below
 
     def measure(self) -> None:
-        """See how full the ring is, before the tensors of one message."""
+        """A message of vLLM's begins: see how full the ring is before its tensors."""
+        self._message += 1
         ring = self.endpoint.statistics()["backend"].get("ring")
         self._used = ring.used if ring is not None else 0
 
@@ -198,13 +200,13 @@ class Front(_Party):
 
     def _copies(
         self, tensors: Sequence[torch.Tensor]
-    ) -> list[tuple[torch.Tensor, torch.Tensor, list[Future[None]]]]:
+    ) -> list[tuple[torch.Tensor, torch.Tensor, list[Future[Any]]]]:
         """Tensors, their places in the ring, and the copies there that are under way."""
         total = sum(tensor.nbytes for tensor in tensors)
         piece = max(_LEAST_PIECE, min(_PIECE, total // (2 * self.settings.transport.threads)))
         copies = []
         for tensor in tensors:
-            if not tensor.is_contiguous() or tensor.nbytes > self.settings.largest:
+            if tensor.nbytes > self.settings.largest:
                 continue
             try:
                 with self.endpoint.loan(tensor.shape, tensor.dtype, timeout=0.0) as loan:
@@ -213,7 +215,9 @@ class Front(_Party):
                 break
         return copies
 
-    def _copy(self, tensor: torch.Tensor, loan: torch.Tensor, piece: int) -> list[Future[None]]:
+    def _copy(self, tensor: torch.Tensor, loan: torch.Tensor, piece: int) -> list[Future[Any]]:
+        if not tensor.is_contiguous():
+            return [self._pool.submit(loan.copy_, tensor.detach())]
         source, target = (t.detach().reshape(-1).view(torch.uint8).numpy() for t in (tensor, loan))
         slices = [slice(start, start + piece) for start in range(0, len(source), piece)]
         return [self._pool.submit(np.copyto, target[part], source[part]) for part in slices]
@@ -254,16 +258,17 @@ class Core(_Party):
 
     def provide(self, shape: tuple[int, ...], dtype: str, meta: dict[str, Any]) -> torch.Tensor:
         """The tensor of what `Front.lend` gave, as often as it was lent. LookupError when it is gone."""
-        front, number = meta["tensorferry"]
-        tensor = self._provided.get((front, number))
+        front, of, number = meta["tensorferry"]
+        key = (front, of, number)
+        tensor = self._provided.get(key)
         if tensor is None:
-            tensor = self._provided[front, number] = self._take(front, number)
+            tensor = self._provided[key] = self._take(key)
         if tuple(tensor.shape) != tuple(shape) or str(tensor.dtype) != f"torch.{dtype}":
             raise LookupError(f"tensor {number} of {front} is {tensor.dtype} {tuple(tensor.shape)}")
         return tensor
 
-    def _take(self, front: str, number: int) -> torch.Tensor:
-        tensor, message = self.mailbox.take(front, (front, number), _TAKE_TIMEOUT)
+    def _take(self, key: Key) -> torch.Tensor:
+        tensor, message = self.mailbox.take(key[0], key, _TAKE_TIMEOUT)
         # Another Python object over the same memory: one that the message refers to would make a cycle.
         tensor = tensor.view(tensor.shape)
         if message is not None:
@@ -287,7 +292,8 @@ class Core(_Party):
             self._refused(type(error).__name__, tensor.nbytes)
             return None
         self.counts.add(WORKERS, "handle", tensor.nbytes)
-        return self.name, (message.body["front"], message.body["number"])
+        front, of, number = message.body["key"]
+        return self.name, (front, of, number)
 
     def look(self) -> bool:
         waiting = False

@@ -101,12 +101,32 @@ class _Gone(Core):
 
 class _Request:
     request_id = "r-1"
+    mm_features: list[Any] | None = None
+
+
+def test_the_tensors_of_a_request_are_found_in_the_order_of_vllms_encoder() -> None:
+    first, second, third, fourth = (torch.full((2,), value) for value in range(4))
+    request = _Request()
+    request.mm_features = [
+        _feature(pixels=first, many=[second, [third, 1.0], [[fourth]]]),
+        _feature(scale=1.0, nothing=None),
+        types.SimpleNamespace(data=None),  # vLLM's cache has it at the other end
+        _feature(again=first),
+    ]
+    found = list(vllm_plugin._tensors_of(request))
+    assert [id(tensor) for tensor in found] == [id(t) for t in (first, second, third, fourth, first)]
+
+
+def _feature(**elements: object) -> types.SimpleNamespace:
+    return types.SimpleNamespace(
+        data={name: types.SimpleNamespace(data=value) for name, value in elements.items()}
+    )
 
 
 def test_a_lost_tensor_fails_its_request_alone() -> None:
     provider = vllm_plugin._Provider(_Gone())
     engine = types.SimpleNamespace(tensor_ipc_receiver=provider)
-    tensor = provider("bfloat16", (2, 3), {"tensorferry": ["front-1", 3]})
+    tensor = provider("bfloat16", (2, 3), {"tensorferry": ["front-1", 1, 3]})
     assert tensor.device.type == "meta"  # no bytes: it can't be taken for the image
     with pytest.raises(RuntimeError, match=r"request r-1 are lost: tensor 3 of front-1"):
         vllm_plugin._request_came(lambda *_: "added", engine, _Request())
@@ -134,12 +154,12 @@ def test_tensors_are_pickled_otherwise_only_while_a_queue_is_written(
         def measure(self) -> None:
             pass
 
-        def hand_on(self, tensor: torch.Tensor) -> tuple[str, tuple[str, int]] | None:
-            return ("engine0", ("front-1", 7)) if tensor.numel() > 1 else None
+        def hand_on(self, tensor: torch.Tensor) -> tuple[str, tuple[str, int, int]] | None:
+            return ("engine0", ("front-1", 1, 7)) if tensor.numel() > 1 else None
 
     with vllm_plugin._pickling_for(Handing()):
         reduce: Any = copyreg.dispatch_table[torch.Tensor]
-        assert reduce(torch.zeros(2)) == (vllm_plugin.take, ("engine0", ("front-1", 7)))
+        assert reduce(torch.zeros(2)) == (vllm_plugin.take, ("engine0", ("front-1", 1, 7)))
         small = reduce(torch.zeros(1))
     assert small == (str, ("before",)) if before else small[0] is torch._utils._rebuild_tensor_v2
     assert copyreg.dispatch_table.get(torch.Tensor) is before
@@ -147,7 +167,7 @@ def test_tensors_are_pickled_otherwise_only_while_a_queue_is_written(
 
 def test_no_worker_takes_nothing() -> None:
     with pytest.raises(RuntimeError, match="no worker"):
-        vllm_plugin.take("engine0", ("front-1", 1))
+        vllm_plugin.take("engine0", ("front-1", 1, 1))
 
 
 def test_doctor_says_that_there_is_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,15 +141,28 @@ def test_the_tensors_of_a_request_are_copied_together_and_are_records_of_their_o
     front, core = pair
     prompt = image(shape=(4 * 512, 1176))
     strided = image(shape=(1176, 512)).t()
-    parts = [*(prompt[start : start + 512] for start in range(0, 4 * 512, 512)), strided]
+    parts = [strided, *(prompt[start : start + 512] for start in range(0, 4 * 512, 512))]
     with front.sending_to(ENGINE, parts):
         metas = [front.lend(part) for part in parts]
     got = [provide(core, meta) for meta in metas]
-    assert torch.equal(torch.cat(got[:4]), prompt)
-    assert torch.equal(got[4], strided)
+    assert torch.equal(got[0], strided)
+    assert torch.equal(torch.cat(got[1:]), prompt)
     assert {how for _, how, _, _ in front.counts.rows()} == {"ring"}
     del got[1:]
     until(lambda: used(front) < 2 * prompt.nbytes // 4)
+
+
+def test_tensors_of_a_request_are_asked_for_in_another_order_than_they_came(pair: tuple[Front, Core]) -> None:
+    """As when the encoder meets one that was not announced before those that were."""
+    front, core = pair
+    lend(front, image(0))  # of a request before, of which vLLM's message was never sent
+    parts = [image(seed) for seed in range(1, 5)]
+    with front.sending_to(ENGINE, parts[2:]):
+        metas = [front.lend(part) for part in parts]
+    got = [provide(core, meta) for meta in metas]
+    assert all(map(torch.equal, got, parts))
+    del got
+    until(lambda: used(front) == 0)
 
 
 @pytest.mark.parametrize("copy_above", [1.0, 0.0], ids=["views", "copied out"])
@@ -244,14 +257,14 @@ def test_a_tensor_that_never_comes_is_an_error(
     monkeypatch.setattr(roles, "_TAKE_TIMEOUT", 0.1)
     what = rf"tensor 99 of {front.name} did not come from {front.name} in 0.1 s: '{front.name}' "
     with pytest.raises(LookupError, match=rf"{what}\(pid {os.getpid()}\) at ipc://.*; linked for \d+\.\d s"):
-        provide(core, {"tensorferry": [front.name, 99]})
+        provide(core, {"tensorferry": [front.name, 1, 99]})
     front.close()
     until(lambda: not core.endpoint.peers)
     with pytest.raises(LookupError, match=rf"{what}said goodbye \d+\.\d s ago; linked: nobody"):
-        provide(core, {"tensorferry": [front.name, 99]})
+        provide(core, {"tensorferry": [front.name, 1, 99]})
     core.close()
     with pytest.raises(LookupError, match=r"did not come .* is closed"):
-        provide(core, {"tensorferry": [front.name, 99]})
+        provide(core, {"tensorferry": [front.name, 1, 99]})
 
 
 def test_what_was_sent_for_a_message_that_failed_is_forgotten(pair: tuple[Front, Core]) -> None:
