@@ -8,6 +8,7 @@ opened at once is acknowledged at once, so that a sender's ring depends on nobod
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -18,13 +19,23 @@ from typing import Any
 import torch
 
 from engine.vllm.settings import exists
-from transport import Closed, Endpoint, Message, PeerGone, RateLimit, Timeout, TransportError
+from transport import (
+    Closed,
+    Endpoint,
+    Message,
+    PeerGone,
+    ProtocolError,
+    RateLimit,
+    Timeout,
+    TransportError,
+)
 
 _log = logging.getLogger("vllm.tensorferry")
 
 _LOOK_SOON, _LOOK = 0.05, 1.0
 _DIAL_FOR, _DIAL_OFTEN_FOR = 900.0, 60.0  # seconds: loading a model takes long
 _DIAL_TIMEOUT = 2.0
+_REFUSED_FOR = 1.0  # seconds to wait where the last message that came could not be opened: it was that one
 
 Key = tuple[str, int, int]  # who put the tensor first, for which of its messages, and its number there
 Arrival = tuple[torch.Tensor, Message | None]  # without a message the tensor is a copy
@@ -44,6 +55,10 @@ class Mailbox:
         self._notice = notice
         self._look = look
         self._queues: dict[str, deque[tuple[Key, Arrival]]] = {}
+        self._latest: dict[str, int] = {}  # by sender: the number of its own that came last
+        self._linked: set[str] = set()  # of those that were dialled: who sends tensors
+        self._left: set[str] = set()
+        self._refused = math.inf  # when a message could not be opened, after which no tensor came
         self._came = threading.Condition()
         self._closed = threading.Event()
         self._warnings = RateLimit()
@@ -55,20 +70,20 @@ class Mailbox:
         self._thread.start()
 
     def take(self, sender: str, key: Key, timeout: float) -> Arrival:
-        """The tensor of that key. LookupError when it does not come in time.
+        """The tensor of that key. LookupError when it does not come in time, or cannot come any more.
 
         Those of one message may be asked for in any order. What came from the same sender before, and for
         another message, is never asked for: that message was not sent, or its request is gone.
         """
-        deadline = time.monotonic() + timeout
+        what = f"tensor {key[2]} of {key[0]} did not come from {sender}"
+        begun = time.monotonic()
         with self._came:
             while (arrival := self._pop(sender, key)) is None:
-                left = deadline - time.monotonic()
-                if left <= 0 or self._closed.is_set():
-                    raise LookupError(
-                        f"tensor {key[2]} of {key[0]} did not come from {sender} in {timeout:g} s:"
-                        f" {self._account(sender)}"
-                    )
+                patience = min(timeout, max(0.0, self._refused - begun) + _REFUSED_FOR)
+                left = begun + patience - time.monotonic()
+                why = self._why_lost(sender, key) or ("" if left > 0 else f"in {patience:.3g} s")
+                if why:
+                    raise LookupError(f"{what} {why}: {self._account(sender)}")
                 self._came.wait(left)
             return arrival
 
@@ -101,6 +116,16 @@ class Mailbox:
             queue.popleft()
         return arrival
 
+    def _why_lost(self, sender: str, key: Key) -> str:
+        """Why what did not come will not; "" while it may."""
+        if self._closed.is_set():
+            return "before this end was closed"
+        if sender in self._left:
+            return "before that left"
+        if key[0] == sender and key[2] <= self._latest.get(sender, 0):  # what one sends comes in order
+            return "before later ones"
+        return ""
+
     def _account(self, sender: str) -> str:
         try:
             return self.endpoint.account(sender)
@@ -130,6 +155,8 @@ class Mailbox:
                 if not self._closed.is_set():
                     kind = type(error).__name__
                     self._warnings.tell(_log.warning, f"tensorferry: {kind}: {error}", kind)
+                    if isinstance(error, ProtocolError):
+                        self._refuse()
                     self._closed.wait(_LOOK_SOON)
 
     def _sort(self, message: Message) -> None:
@@ -142,13 +169,25 @@ class Mailbox:
         with self._came:
             who, of, number = body["key"]
             self._queues.setdefault(message.sender, deque()).append(((who, of, number), arrival))
+            if who == message.sender:
+                self._latest[who] = number
+            self._refused = math.inf
+            self._came.notify_all()
+
+    def _refuse(self) -> None:
+        """Of whom and with which key it was cannot be said."""
+        with self._came:
+            self._refused = time.monotonic()
             self._came.notify_all()
 
     def _forget_the_dead(self) -> None:
+        linked = set(self._linked)  # before the look: who links meanwhile has not left
         there = {peer.name for peer in self.endpoint.peers}
         with self._came:
+            self._left |= linked - there
             for gone in set(self._queues) - there:
                 del self._queues[gone]
+            self._came.notify_all()
 
     def _dial(self, address: str, done: Callable[[str], None]) -> None:
         start = time.monotonic()
@@ -158,7 +197,9 @@ class Mailbox:
             if not exists(address):
                 continue
             try:
-                done(self.endpoint.connect(address, timeout=_DIAL_TIMEOUT))
+                name = self.endpoint.connect(address, timeout=_DIAL_TIMEOUT)
+                self._linked.add(name)
+                done(name)
                 return
             except Closed:
                 return

@@ -42,7 +42,7 @@ _log = logging.getLogger("vllm.tensorferry")
 _PIECE = 16 << 20  # at most this much is copied by one thread in one go
 _LEAST_PIECE = 1 << 20
 _PROVES_WITHIN = 60.0  # seconds since the handshake; who has not by then shares no /dev/shm with this process
-_TAKE_TIMEOUT = 10.0  # it was sent before vLLM's message that asks for it
+_TAKE_TIMEOUT = 10.0  # for all of a request: they were sent before vLLM's message that asks for them
 _ENGINE, _WORKER = "engine{}", "worker-{}-{}"  # the latter: pid of its EngineCore, own pid
 
 
@@ -245,6 +245,8 @@ class Core(_Party):
         # By identity, and outside of the tensors, whose attributes vLLM would pickle.
         self._lent: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._provided: WeakValueDictionary[Key, torch.Tensor] = WeakValueDictionary()
+        self._providing: tuple[str, int] | None = None  # of which message the last tensor was
+        self._patience = 0.0  # seconds that the others of that message may be waited for
         super().__init__(settings, _ENGINE.format(index), WORKERS, "engine")
         if workers:
             self.endpoint.listen(core_address(os.getpid()))
@@ -268,7 +270,13 @@ class Core(_Party):
         return tensor
 
     def _take(self, key: Key) -> torch.Tensor:
-        tensor, message = self.mailbox.take(key[0], key, _TAKE_TIMEOUT)
+        if key[:2] != self._providing:
+            self._providing, self._patience = key[:2], _TAKE_TIMEOUT
+        begun = time.monotonic()
+        try:
+            tensor, message = self.mailbox.take(key[0], key, self._patience)
+        finally:
+            self._patience = max(0.0, self._patience - (time.monotonic() - begun))
         # Another Python object over the same memory: one that the message refers to would make a cycle.
         tensor = tensor.view(tensor.shape)
         if message is not None:

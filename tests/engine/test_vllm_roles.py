@@ -258,13 +258,74 @@ def test_a_tensor_that_never_comes_is_an_error(
     what = rf"tensor 99 of {front.name} did not come from {front.name} in 0.1 s: '{front.name}' "
     with pytest.raises(LookupError, match=rf"{what}\(pid {os.getpid()}\) at ipc://.*; linked for \d+\.\d s"):
         provide(core, {"tensorferry": [front.name, 1, 99]})
-    front.close()
-    until(lambda: not core.endpoint.peers)
-    with pytest.raises(LookupError, match=rf"{what}said goodbye \d+\.\d s ago; linked: nobody"):
-        provide(core, {"tensorferry": [front.name, 1, 99]})
     core.close()
-    with pytest.raises(LookupError, match=r"did not come .* is closed"):
-        provide(core, {"tensorferry": [front.name, 1, 99]})
+    with pytest.raises(LookupError, match=r"did not come .* before this end was closed: .* is closed"):
+        provide(core, {"tensorferry": [front.name, 2, 99]})
+
+
+@pytest.fixture
+def _no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who only waits for a lost tensor until the time is over waits longer than any test may take."""
+    monkeypatch.setattr(roles, "_TAKE_TIMEOUT", 1e6)
+
+
+@pytest.mark.usefixtures("_no_end")
+def test_a_tensor_of_who_left_is_not_waited_for(pair: tuple[Front, Core]) -> None:
+    front, core = pair
+    front.close()
+    what = r"did not come .* before that left: .* said goodbye \d+\.\d s ago; linked: nobody"
+    for number in (98, 99):
+        with pytest.raises(LookupError, match=what):
+            provide(core, {"tensorferry": [front.name, 1, number]})
+
+
+@pytest.mark.usefixtures("_no_end")
+def test_a_tensor_that_later_ones_overtook_is_not_waited_for(pair: tuple[Front, Core]) -> None:
+    front, core = pair
+    with front.sending_to(ENGINE):
+        lost = [front.name, front._message, next(front._numbers)]
+        whole = front.lend(image())
+    with pytest.raises(LookupError, match="did not come .* before later ones"):
+        provide(core, {"tensorferry": lost})
+    got = provide(core, whole)
+    assert torch.equal(got, image())
+    with pytest.raises(LookupError, match="did not come .* before later ones"):  # nor when those are taken
+        provide(core, {"tensorferry": lost})
+
+
+@pytest.mark.usefixtures("_no_end")
+def test_a_tensor_that_cannot_be_opened_is_not_waited_for(address: str) -> None:
+    core, front = (
+        Core(settings(max_message_bytes=1 << 20), 0, [address], workers=0),
+        Front(settings(), address),
+    )
+    try:
+        front.wait_for([0], timeout=30)
+        meta = lend(front, image())
+        with pytest.raises(LookupError, match=r"did not come .* in 1(\.\d+)? s: "):
+            provide(core, meta)
+        small = image(shape=(256, 1176))
+        assert torch.equal(provide(core, lend(front, small), (256, 1176)), small)
+    finally:
+        front.close()
+        core.close()
+
+
+def test_the_tensors_of_a_request_are_waited_for_together(
+    pair: tuple[Front, Core], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are lost, vLLM's input stands only once; what came is found all the same."""
+    front, core = pair
+    monkeypatch.setattr(roles, "_TAKE_TIMEOUT", 0.5)
+    with front.sending_to(ENGINE):
+        whole = front.lend(image())
+    of = front._message
+    for number, waited in ((98, "0.5"), (99, "0")):
+        with pytest.raises(LookupError, match=rf"tensor {number} .* did not come .* in {waited} s: "):
+            provide(core, {"tensorferry": [front.name, of, number]})
+    assert torch.equal(provide(core, whole), image())
+    with pytest.raises(LookupError, match=r"did not come .* in 0\.5 s: "):
+        provide(core, {"tensorferry": [front.name, of + 1, 100]})
 
 
 def test_what_was_sent_for_a_message_that_failed_is_forgotten(pair: tuple[Front, Core]) -> None:
