@@ -22,7 +22,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from enum import Enum
 from importlib import metadata
 from multiprocessing import util
@@ -216,8 +216,12 @@ def _announced(front: Front, client: Any, given: tuple[Any, ...]) -> AbstractCon
 def _tensors_of(request: Any) -> Iterator[torch.Tensor]:
     """Those of a request's images, videos and sounds; what is not found here is met by the consumer."""
     for feature in getattr(request, "mm_features", None) or ():
-        for element in (getattr(feature, "data", None) or {}).values():
-            yield from _tensors_in(getattr(element, "data", None))
+        yield from _tensors_of_feature(feature)
+
+
+def _tensors_of_feature(feature: Any) -> Iterator[torch.Tensor]:
+    for element in (getattr(feature, "data", None) or {}).values():
+        yield from _tensors_in(getattr(element, "data", None))
 
 
 def _tensors_in(data: Any) -> Iterator[torch.Tensor]:
@@ -314,11 +318,31 @@ class _Provider:
 
 def _request_came(original: Callable[..., Any], engine: Any, *arguments: Any, **named: Any) -> Any:
     provider = getattr(engine, "tensor_ipc_receiver", None)
-    if isinstance(provider, _Provider) and provider.lost:
-        lost, provider.lost = provider.lost, []
-        names = [getattr(given, "request_id", None) for given in (*arguments, *named.values())]
-        raise RuntimeError(f"tensors of request {next(filter(None, names), '?')} are lost: {'; '.join(lost)}")
-    return original(engine, *arguments, **named)
+    if not isinstance(provider, _Provider):
+        return original(engine, *arguments, **named)
+    lost, provider.lost = provider.lost, []
+    request = next((given for given in (*arguments, *named.values()) if hasattr(given, "request_id")), None)
+    try:
+        if lost:
+            name = getattr(request, "request_id", "?")
+            raise RuntimeError(f"tensors of request {name} are lost: {'; '.join(lost)}")
+        return original(engine, *arguments, **named)
+    except Exception:
+        with Harmless("the cache of images"):
+            _cache_what_is_whole(engine, request)
+        raise
+
+
+def _cache_what_is_whole(engine: Any, request: Any) -> None:
+    """The front end takes every image of a request that failed for cached here, and sends none again.
+
+    vLLM's own look ends at the first that is not: at one that was lost, in this request or before.
+    """
+    cache = getattr(engine, "mm_receiver_cache", None)
+    for feature in getattr(request, "mm_features", None) or ():
+        if cache is not None and not any(tensor.is_meta for tensor in _tensors_of_feature(feature)):
+            with suppress(Exception):  # without data and not cached: it is the lost one's name
+                cache.get_and_update_features([feature])
 
 
 def _hook_queue(queue: Any, core: Core) -> None:

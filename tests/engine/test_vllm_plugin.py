@@ -108,19 +108,24 @@ def test_the_tensors_of_a_request_are_found_in_the_order_of_vllms_encoder() -> N
     first, second, third, fourth = (torch.full((2,), value) for value in range(4))
     request = _Request()
     request.mm_features = [
-        _feature(pixels=first, many=[second, [third, 1.0], [[fourth]]]),
-        _feature(scale=1.0, nothing=None),
-        types.SimpleNamespace(data=None),  # vLLM's cache has it at the other end
-        _feature(again=first),
+        _feature("a", pixels=first, many=[second, [third, 1.0], [[fourth]]]),
+        _feature("b", nothing=None),
+        _known("c"),
+        _feature("d", again=first),
     ]
     found = list(vllm_plugin._tensors_of(request))
     assert [id(tensor) for tensor in found] == [id(t) for t in (first, second, third, fourth, first)]
 
 
-def _feature(**elements: object) -> types.SimpleNamespace:
-    return types.SimpleNamespace(
-        data={name: types.SimpleNamespace(data=value) for name, value in elements.items()}
-    )
+def _feature(identifier: str, scale: object = 1.0, **elements: object) -> types.SimpleNamespace:
+    elements = {"scale": scale, **elements}
+    data = {name: types.SimpleNamespace(data=value) for name, value in elements.items()}
+    return types.SimpleNamespace(identifier=identifier, data=data)
+
+
+def _known(identifier: str) -> types.SimpleNamespace:
+    """A feature that vLLM's cache has at the other end."""
+    return types.SimpleNamespace(identifier=identifier, data=None)
 
 
 def test_a_lost_tensor_fails_its_request_alone() -> None:
@@ -131,6 +136,46 @@ def test_a_lost_tensor_fails_its_request_alone() -> None:
     with pytest.raises(RuntimeError, match=r"request r-1 are lost: tensor 3 of front-1"):
         vllm_plugin._request_came(lambda *_: "added", engine, _Request())
     assert vllm_plugin._request_came(lambda *_: "added", engine, _Request()) == "added"
+
+
+class _ReceiverCache:
+    """As vLLM's: a feature without data is one that it has."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    def get_and_update_features(self, features: list[Any]) -> list[Any]:
+        for feature in features:
+            cached = self.kept.get(feature.identifier)
+            assert cached or feature.data is not None, "Expected a cached item"
+            feature.data = self.kept[feature.identifier] = cached or feature.data
+        return features
+
+
+def test_the_whole_images_of_a_request_that_fails_are_known_to_later_ones() -> None:
+    """vLLM's front end takes them for known, the lost one too, and sends none of them again."""
+    provider, cache = vllm_plugin._Provider(_Gone()), _ReceiverCache()
+    engine = types.SimpleNamespace(tensor_ipc_receiver=provider, mm_receiver_cache=cache)
+
+    def come(*features: types.SimpleNamespace) -> Any:
+        request = _Request()
+        request.mm_features = list(features)
+        return vllm_plugin._request_came(
+            lambda engine, request: engine.mm_receiver_cache.get_and_update_features(request.mm_features),
+            engine,
+            request,
+        )
+
+    lost = provider("bfloat16", (2, 3), {"tensorferry": ["front-1", 1, 3]})
+    with pytest.raises(RuntimeError, match="request r-1 are lost"):
+        come(_feature("a"), _feature("b", pixels=[lost]), _feature("c", pixels=torch.zeros(1)))
+    assert set(cache.kept) == {"a", "c"}
+    with pytest.raises(AssertionError, match="Expected a cached item"):
+        come(_known("b"), _feature("d"))
+    assert set(cache.kept) == {"a", "c", "d"}
+    assert len(come(_known("a"), _known("c"), _known("d"))) == 3
+    come(_feature("b"))  # sent anew when the front end has forgotten it
+    assert set(cache.kept) == {"a", "b", "c", "d"}
 
 
 @pytest.mark.parametrize("before", [None, lambda tensor: (str, ("before",))], ids=["torch's", "another's"])

@@ -1,8 +1,12 @@
-"""A process of real vLLM is killed: vLLM ends as without the plugin, and the next start is as the first."""
+"""A process of real vLLM is killed: vLLM ends as without the plugin, and the next start is as the first.
+
+Or a tensor is lost between two that live.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,3 +40,12 @@ def test_a_front_end_is_killed(model: Path) -> None:
     again = run(model, additional_config=ferry())
     assert again["said"][:2] == first["said"]
     assert segments() & left == set()
+
+
+def test_a_tensor_is_lost(model: Path) -> None:
+    """Its request fails alone. vLLM's cache has the other image of it, and takes the lost one for known."""
+    options: dict[str, Any] = {"mm_processor_cache_gb": 1, "firsts": [0, 1, 0]}
+    said = run(model, additional_config=ferry(), lose=[1], **options)["said"]
+    expected = stock(model, **options)
+    failed: list[Any] = [[], []]
+    assert said == [failed, *expected[1:4], failed, expected[5]]
