@@ -337,29 +337,50 @@ def test_what_was_sent_for_a_message_that_failed_is_forgotten(pair: tuple[Front,
     until(lambda: used(front) == 0)
 
 
-@pytest.mark.parametrize("lent", [True, False], ids=["of the front end's ring", "of its own"])
-def test_an_engine_hands_on_to_its_worker(address: str, lent: bool) -> None:
+@contextmanager
+def with_worker(address: str, maps: bool = True) -> Iterator[tuple[Front, Core, Worker]]:
+    """A front end, its engine and a worker of that, linked.
+
+    maps: whether the worker maps the front end's ring.
+    """
     given = settings()
     core = Core(given, 0, [address], workers=1)
     worker = Worker(given, os.getpid())
+    if not maps:
+        worker._known.add(front_address(address))  # so that it does not dial it
     front = Front(given, address)
     try:
         front.wait_for([0], timeout=30)
-        until(lambda: len(front.admitted()) == 2 and core._workers)
-        tensor = provide(core, lend(front, image())) if lent else image()
+        until(lambda: len(front.admitted()) == 1 + maps and core._workers)
         until(lambda: core.offer() is False)
+        yield front, core, worker
+    finally:
+        for party in (front, worker, core):
+            party.close()
+
+
+@pytest.mark.parametrize(
+    ("lent", "maps"),
+    [
+        pytest.param(True, True, id="of the front end's ring"),
+        pytest.param(True, False, id="of a ring that the worker does not map"),
+        pytest.param(False, True, id="of its own"),
+    ],
+)
+def test_an_engine_hands_on_to_its_worker(address: str, lent: bool, maps: bool) -> None:
+    with with_worker(address, maps) as (front, core, worker):
+        tensor = provide(core, lend(front, image())) if lent else image()
         handed = core.hand_on(tensor)
         assert handed is not None
         got = worker.take(*handed)
         del tensor
         assert torch.equal(got, image())
-        ways = [how for _, how, _, _ in core.counts.rows()]
-        assert ways == ["handle" if lent else "ring"]
+        handle = lent and maps
+        assert core.counts.rows() == [(counts.WORKERS, "handle" if handle else "ring", 1, image().nbytes)]
+        assert core.endpoint.statistics()["sent"].get("handed on", 0) == handle
+        assert core.endpoint.statistics()["backend"]["nbytes"] == (0 if handle else image().nbytes)
         del got
         until(lambda: used(front) == 0)
-    finally:
-        for party in (front, worker, core):
-            party.close()
 
 
 def test_the_front_end_hears_what_its_engine_counts(address: str) -> None:

@@ -17,13 +17,17 @@ RING_1 = "front: front end to engine: ring"
 
 
 def handed_on(ways: dict[str, list[int]], tensors: int, readers: int) -> None:
-    """Every worker got handles, but for the first tensors: it maps the front end's ring only just then."""
-    handles, pickled = (
-        ways.get(f"engine: engine to workers: {way}", [0])[0] for way in ("handle", "vLLM (Full)")
+    """Every worker got handles, but for the first tensors: it maps the front end's ring only just then.
+
+    Those are pickled, or copied once into the EngineCore's own ring.
+    """
+    handles, copied, pickled = (
+        ways.get(f"engine: engine to workers: {way}", [0])[0] for way in ("handle", "ring", "vLLM (Full)")
     )
     assert handles >= tensors // 2
-    assert handles + pickled == tensors
-    assert ways["worker: taken by a worker: ring"] == [readers * handles, readers * handles * TENSOR]
+    assert handles + copied + pickled == tensors
+    taken = readers * (handles + copied)
+    assert ways["worker: taken by a worker: ring"] == [taken, taken * TENSOR]
 
 
 def test_offline(model: Path) -> None:
