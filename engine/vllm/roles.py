@@ -43,6 +43,9 @@ _PIECE = 16 << 20  # at most this much is copied by one thread in one go
 _LEAST_PIECE = 1 << 20
 _PROVES_WITHIN = 60.0  # seconds since the handshake; who has not by then shares no /dev/shm with this process
 _TAKE_TIMEOUT = 10.0  # for all of a request: they were sent before vLLM's message that asks for them
+_HAND_ON_TIMEOUT = (
+    60.0  # a worker that raises ends, and vLLM with it; of an EngineCore that left it is at once
+)
 _ENGINE, _WORKER = "engine{}", "worker-{}-{}"  # the latter: pid of its EngineCore, own pid
 
 
@@ -346,7 +349,7 @@ class Worker(_Party):
 
     def take(self, sender: str, key: Key) -> torch.Tensor:
         """The tensor that an EngineCore handed on. LookupError when it is gone."""
-        tensor, message = self.mailbox.take(sender, key, _TAKE_TIMEOUT)
+        tensor, message = self.mailbox.take(sender, key, _HAND_ON_TIMEOUT)
         self.counts.add("taken by a worker", "copied out" if message is None else "ring", tensor.nbytes)
         return tensor
 

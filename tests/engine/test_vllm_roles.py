@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -381,6 +382,35 @@ def test_an_engine_hands_on_to_its_worker(address: str, lent: bool, maps: bool) 
         assert core.endpoint.statistics()["backend"]["nbytes"] == (0 if handle else image().nbytes)
         del got
         until(lambda: used(front) == 0)
+
+
+def test_a_worker_waits_longer_than_an_engine(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is lost to it ends it, and vLLM."""
+    monkeypatch.setattr(roles, "_TAKE_TIMEOUT", 0.0)
+    with with_worker(address) as (_, core, worker), ThreadPoolExecutor() as pool:
+        tensor = image()
+        key = (core.name, core._message, 1)
+        waiting = pool.submit(worker.take, core.name, key)
+        until(lambda: worker.mailbox._came._waiters)  # type: ignore[attr-defined]
+        assert core.hand_on(tensor) == (core.name, key)
+        assert torch.equal(waiting.result(timeout=30), tensor)
+
+
+def test_a_tensor_that_no_engine_handed_on_is_an_error(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roles, "_HAND_ON_TIMEOUT", 0.1)
+    what = r"tensor 99 of front-1 did not come from engine0 in 0\.1 s: "
+    with with_worker(address) as (_, core, worker), pytest.raises(LookupError, match=what):
+        worker.take(core.name, ("front-1", 1, 99))
+
+
+def test_a_worker_does_not_wait_for_an_engine_that_left(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roles, "_HAND_ON_TIMEOUT", 1e6)
+    with with_worker(address) as (_, core, worker):
+        core.close()
+        with pytest.raises(LookupError, match="did not come from engine0 before that left: 'engine0'"):
+            worker.take(core.name, (core.name, 1, 99))
 
 
 def test_the_front_end_hears_what_its_engine_counts(address: str) -> None:
