@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
 from bench.harness import Result, Spread
@@ -118,11 +119,8 @@ def _panel(panel: Axes, cells: Sequence[Spread | str], ways: Sequence[str]) -> N
 
 def _figure(height: float) -> Figure:
     """A figure of the common width whose panels leave room for `_head` and the caption."""
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.set(rect=(0, _FOOT / height, 1, 1 - (_HEAD + _FOOT) / height))
-    return figure
+    room = (0, _FOOT / height, 1, 1 - (_HEAD + _FOOT) / height)
+    return Figure(figsize=(_WIDTH, height), layout=ConstrainedLayoutEngine(rect=room))
 
 
 def _panels(figure: Figure, lines: int, count: int, *, sharey: bool = False) -> list[Axes]:
