@@ -18,6 +18,7 @@ import torch
 
 from engine import vllm_plugin
 from engine.vllm import guard, points
+from engine.vllm.mailbox import Key
 from engine.vllm.roles import Core, Front
 from tests.engine.test_vllm_roles import ENGINE, image, linked
 
@@ -283,7 +284,7 @@ class Failing(Core):
         if not self._measures:
             raise RuntimeError("the ring cannot be measured")
 
-    def hand_on(self, tensor: torch.Tensor) -> tuple[str, tuple[str, int]] | None:
+    def hand_on(self, tensor: torch.Tensor) -> tuple[str, Key] | None:
         raise RuntimeError("the tensor cannot be handed on")
 
 
