@@ -33,7 +33,8 @@ def test_several_api_servers(model: Path, tmp_path: Path) -> None:
         assert _counted(server, HOP_1, "tensor_bytes") == {"ring": rounds * SENT * TENSOR}
 
         rings = [ring for ring in tensorferry("ps") if ring["name"] in segments() - before]
-        assert {ring["pid"] for ring in rings} == fronts
+        # An EngineCore makes one, too, where a tensor comes before its worker maps the front end's ring.
+        assert fronts <= {ring["pid"] for ring in rings} <= server.ways().keys()
         _seen_by_doctor(fronts, engines=2)
         assert server.stop() == 0
     assert segments() - before == set()
