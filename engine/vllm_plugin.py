@@ -341,7 +341,7 @@ def _cache_what_is_whole(engine: Any, request: Any) -> None:
     cache = getattr(engine, "mm_receiver_cache", None)
     for feature in getattr(request, "mm_features", None) or ():
         if cache is not None and not any(tensor.is_meta for tensor in _tensors_of_feature(feature)):
-            with suppress(AssertionError, KeyError):  # without data and not cached: it is the lost one, by name
+            with suppress(AssertionError, KeyError):  # not cached, and without data: the lost one, by name
                 cache.get_and_update_features([feature])
 
 
