@@ -82,6 +82,16 @@ class Far:
         return self._link.answers.get(timeout=TIMEOUT)
 
 
+def _near_of(ends: str, folder: Path, actor: Any, done: Any, rest: Mapping[str, Any]) -> Report:
+    """Run the near end; where it fails because the far end did, what is raised is what that raised."""
+    try:
+        return ways.near_of(ends, folder, NearLink(actor), rest)
+    except Exception:
+        ended, _ = ray.wait([done], timeout=0)
+        ray.get(ended)
+        raise
+
+
 def run(folder: Path, way: str, ends: str, sizes: Mapping[str, int], rest: Mapping[str, Any]) -> Report:
     """Both ends, on a cluster of this machine that lives as long as they do."""
     # Nothing is reported to anybody, and workers find `bench`.
@@ -99,7 +109,7 @@ def run(folder: Path, way: str, ends: str, sizes: Mapping[str, int], rest: Mappi
         # One thread each for the benchmark, its messages and its answers.
         actor = ray.remote(Far).options(max_concurrency=3).remote()
         done = actor.run.remote(ends, folder, dict(rest))
-        mine = ways.near_of(ends, folder, NearLink(actor), rest)
+        mine = _near_of(ends, folder, actor, done, rest)
         theirs: Report = ray.get(done, timeout=TIMEOUT)
     finally:
         ray.shutdown()
