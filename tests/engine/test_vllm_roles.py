@@ -321,6 +321,7 @@ def test_the_tensors_of_a_request_are_waited_for_together(
     with front.sending_to(ENGINE):
         whole = front.lend(image())
     of = front._message
+    until(lambda: core.mailbox._queues.get(front.name))  # it is found, however short the wait
     for number, waited in ((98, "0.5"), (99, "0")):
         with pytest.raises(LookupError, match=rf"tensor {number} .* did not come .* in {waited} s: "):
             provide(core, {"tensorferry": [front.name, of, number]})
