@@ -140,6 +140,7 @@ class Mailbox:
             try:
                 left = next_look - time.monotonic()
                 if left <= 0:
+                    next_look = time.monotonic() + _LOOK  # should this one fail
                     self._forget_the_dead()
                     left = _LOOK_SOON if self._look() else _LOOK
                     next_look = time.monotonic() + left

@@ -251,6 +251,24 @@ def test_a_mailbox_says_once_what_goes_wrong_again_and_again(
     assert second == f"{first} (99 more such warnings left out)"
 
 
+def test_a_mailbox_whose_look_fails_takes_messages_all_the_same(address: str) -> None:
+    config = transport.TransportConfig()
+    with transport.listen(address, config=config) as front, joined(front, "core", config) as core:
+        came: list[int] = []
+
+        def look() -> bool:
+            raise RuntimeError("a bad look")
+
+        mailbox = Mailbox(core, lambda _, body: came.append(body["n"]), look)
+        mailbox.start()
+        try:
+            front.wait_for_peers(1)
+            front.send({"n": 1})
+            until(lambda: came == [1])
+        finally:
+            mailbox.close()
+
+
 def test_a_tensor_that_never_comes_is_an_error(
     pair: tuple[Front, Core], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,7 +124,8 @@ def main() -> None:
     if given.pop("same", False):  # every image of a prompt is its first one
         for images in (prompt["multi_modal_data"]["image"] for batch in batches for prompt in batch):
             images[:] = images[:1] * len(images)
-    lose(given.pop("lose", []))
+    if "lose" in given:
+        lose(given.pop("lose"))
     options = arguments(given)
     offline_ = mode == "offline"
     said, counted = offline(options, batches, kill) if offline_ else asyncio.run(served(options, batches))
