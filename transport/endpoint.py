@@ -221,18 +221,18 @@ class Endpoint:
         """`send` in a thread, so that the loop goes on during the copy; cancelling does not undo it."""
         await asyncio.to_thread(partial(self.send, body, to=to, timeout=timeout))
 
-    def forward(self, message: Message, *, to: str | Sequence[str], timeout: float | None = None) -> None:
+    def forward(self, message: Message, *, to: str | Sequence[str], timeout: float | None = None) -> int:
         """Send a received message on to peers of this endpoint. Errors as `send`.
 
         A peer that maps the same ring gets the handle, and the view here is kept until it has opened it;
-        for others the bytes are sent anew.
+        for others the bytes are sent anew. How many handles were sent, one for each tensor and peer.
         """
         exchange = self._exchange
         exchange.check()
         exchange.pump()
         timeout = _seconds(timeout, self.config.timeout)
         try:
-            exchange.sender.forward(message, self._names(to), timeout)
+            return exchange.sender.forward(message, self._names(to), timeout)
         except Exception:
             exchange.check()  # as in `send`
             raise

@@ -98,14 +98,20 @@ class Sender:
         make = partial(_data, encoded.body, [source.spec for source in sources])
         self._deliver(parcel, links, make, nbytes, deadline, failed)
 
-    def forward(self, message: Received, names: Sequence[str], timeout: float) -> None:
-        """Send a received message on: handles where the peer can open them itself, bytes elsewhere."""
+    def forward(self, message: Received, names: Sequence[str], timeout: float) -> int:
+        """Send a received message on: handles where the peer can open them itself, bytes elsewhere.
+
+        How many handles were sent, one for each tensor and peer.
+        """
         deadline = time.monotonic() + timeout
         failed: dict[str, TransportError] = {}
+        handles = 0
         for link in self._find(names, failed):
-            self._forward_to(message, link, deadline, failed)
+            handles += self._forward_to(message, link, deadline, failed)
             self.counts["forwarded"] += 1
+        self.counts["handed on"] += handles
         _report(names, failed)
+        return handles
 
     # ------------------------------------------------------------------ who can read
 
@@ -347,7 +353,7 @@ class Sender:
 
     def _forward_to(
         self, message: Received, link: Link, deadline: float, failed: dict[str, TransportError]
-    ) -> None:
+    ) -> int:
         own = [
             index
             for index, reference in enumerate(message.references)
@@ -358,12 +364,12 @@ class Sender:
         if _total(sources) > self._limit([link]):
             everything = [message.source(index) for index in range(len(message.references))]
             self._send_to(codec.Encoded(message.encoded, everything), [link], deadline, failed)
-            return
+            return 0
         links = [link]
         parcel = _HandedOn(message, own, self._put(sources, links, deadline, failed))
         make = partial(_data, message.encoded, [reference.spec for reference in message.references])
-        self._deliver(parcel, links, make, _total(sources), deadline, failed)
-        self.counts["handed on"] += len(message.references) - len(own)
+        sent = self._deliver(parcel, links, make, _total(sources), deadline, failed)
+        return len(sent) * (len(message.references) - len(own))
 
     def forget(self, link: Link) -> None:
         """The link has ended."""

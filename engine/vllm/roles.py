@@ -297,21 +297,17 @@ class Core(_Party):
         if message is None:
             key = self.put(tensor, self._workers)
             return None if key is None else (self.name, key)
-        workers, before = self._workers, self._handed_on()
+        workers = self._workers
         try:
-            self.endpoint.forward(message, to=workers, timeout=0.0)
+            handles = self.endpoint.forward(message, to=workers, timeout=0.0)
         except TransportError as error:
             self._refused(type(error).__name__, tensor.nbytes)
             return None
-        all_ = self._handed_on() - before == len(workers)  # a worker that does not map its ring got a copy
-        self.counts.add(WORKERS, "handle" if all_ else "ring", tensor.nbytes)
+        # A worker that does not map the front end's ring got a copy.
+        way = "handle" if handles == len(workers) else "ring"
+        self.counts.add(WORKERS, way, tensor.nbytes)
         front, of, number = message.body["key"]
         return self.name, (front, of, number)
-
-    def _handed_on(self) -> int:
-        """Handles of others' rings that were sent so far, to each worker one."""
-        count: int = self.endpoint.statistics()["sent"].get("handed on", 0)
-        return count
 
     def look(self) -> bool:
         waiting = False
