@@ -12,11 +12,10 @@ import torch
 
 from engine import vllm_plugin
 from engine.vllm.roles import Core, Front
-from engine.vllm.settings import settings_of
+from tests.engine.test_vllm_roles import ENGINE, linked
 from tests.vllm.runs import HERE, MARKS
 
 pytestmark = MARKS
-ENGINE = (0).to_bytes(2, "little")
 
 
 @pytest.fixture(autouse=True)
@@ -28,16 +27,8 @@ def _platform(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pair(short_path: Path) -> Iterator[tuple[Front, Core]]:
-    settings = settings_of({"tensorferry": {"ring_bytes": 16 << 20}})
-    assert settings is not None
-    address = f"ipc://{short_path}/vllm"
-    core, front = Core(settings, 0, [address], workers=0), Front(settings, address)
-    try:
-        assert front.wait_for([0], timeout=30) == [0]
-        yield front, core
-    finally:
-        front.close()
-        core.close()
+    with linked(f"ipc://{short_path}/vllm", copy_above=0.5) as both:
+        yield both
 
 
 def request(items: Sequence[Any]) -> Any:
