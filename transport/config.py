@@ -80,7 +80,7 @@ class TransportConfig:
     linger: float = _option(1.0, "how long close waits until what was sent can be received", least=0.0)
     warn_after: float = _option(5.0, "say in the log who keeps a send waiting for so long", above=0.0)
     copy_threads: int = _option(
-        0, "threads that copy one tensor of 1 MiB and more; 0: by cores", least=0, most=64
+        0, "threads that copy one tensor of 1 MiB and more, but for tcp; 0: by cores", least=0, most=64
     )
     cut_through: bool = _option(
         True, "be told of a tensor of 4 MiB and more before it is written, and wait for its end"
