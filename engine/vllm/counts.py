@@ -20,6 +20,7 @@ _log = logging.getLogger("vllm.tensorferry")
 
 FRONT, WORKERS = "front end to engine", "engine to workers"
 _WRITE_EVERY = 1.0
+_SAVED, _NEW = ".json", ".new"
 _numbers = itertools.count(1)  # of the files of this process: it may have several front ends
 
 Way = tuple[str, str]  # hop, and how: "ring", "copied out" of it, or why it went vLLM's own way
@@ -34,7 +35,7 @@ class Counts:
         self.nbytes: Counter[Way] = Counter()
         self._others: dict[str, list[tuple[str, str, int, int]]] = {}
         self._lock = threading.Lock()
-        self._file = folder() / f"{os.getpid()}-{next(_numbers)}.json"
+        self._file = folder() / f"{os.getpid()}-{next(_numbers)}{_SAVED}"
         self._written = self._said = self._error = ""
         self._next = 0.0
         self._published: Counter[Way] = Counter()
@@ -89,7 +90,9 @@ class Counts:
     def _write(self, text: str) -> None:
         try:
             folder()  # who cleans /tmp may have taken it
-            self._file.write_text(text)
+            new = self._file.with_suffix(_NEW)
+            new.write_text(text)
+            new.replace(self._file)  # whole or not at all: somebody may be reading it
         except OSError as error:
             if str(error) != self._error:
                 self._error = str(error)
@@ -101,6 +104,7 @@ class Counts:
         """The process ends, or has no need of them any more."""
         with contextlib.suppress(OSError):
             self._file.unlink(missing_ok=True)
+            self._file.with_suffix(_NEW).unlink(missing_ok=True)
 
     def _publish(self) -> None:
         """To Prometheus, whose counters can only grow: by the difference since the last time."""
@@ -136,11 +140,12 @@ def _metrics() -> tuple[Any, Any] | None:
 
 def saved() -> Iterator[Mapping[str, Any]]:
     """What living processes saved; the files of the dead are removed."""
-    for file in sorted(folder().glob("*.json")):
+    for file in sorted(file for file in folder().iterdir() if file.suffix in (_SAVED, _NEW)):
         try:
             os.kill(int(file.stem.partition("-")[0]), 0)
-            yield json.loads(file.read_text())
+            if file.suffix == _SAVED:
+                yield json.loads(file.read_text())
         except ProcessLookupError:
             file.unlink(missing_ok=True)
-        except (OSError, ValueError):  # just going, or just being written
+        except (OSError, ValueError):  # just going, or none of ours
             continue

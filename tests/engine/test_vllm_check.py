@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import types
 from importlib import metadata
 from pathlib import Path
@@ -93,6 +94,26 @@ def test_a_process_is_ok_when_it_is_linked_and_its_tensors_take_the_ring(
         )
 
 
+def test_a_process_is_seen_also_while_it_saves() -> None:
+    counts, stop = Counts("front"), threading.Event()
+    counts.save(now=True)
+
+    def saves() -> None:
+        while not stop.is_set():
+            counts.add(FRONT, "ring", 1)
+            counts.save(now=True)
+
+    thread = threading.Thread(target=saves)
+    thread.start()
+    try:
+        for _ in range(2000):
+            assert any(process["pid"] == os.getpid() for process in saved())
+    finally:
+        stop.set()
+        thread.join()
+        counts.remove()
+
+
 def test_a_process_that_nobody_is_linked_with_is_not_ok(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -154,10 +175,11 @@ def test_two_front_ends_of_one_process_save_their_counters_apart() -> None:
 
 def test_the_files_of_the_dead_are_removed(folder: Path) -> None:
     Counts("front").save(now=True)
-    dead = folder / "4194305-1.json"  # no pid is as large
-    dead.write_text("{}")
+    dead = [folder / f"4194305-1{suffix}" for suffix in (".json", ".new")]  # no pid is as large
+    for file in dead:
+        file.write_text("{}")
     assert [process["pid"] for process in saved()] == [os.getpid()]
-    assert not dead.exists()
+    assert not any(file.exists() for file in dead)
 
 
 class Published(Counts):
