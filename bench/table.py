@@ -54,8 +54,9 @@ CONSUMERS: Mapping[str, float] = {"drain": 0.0, "20 ms": 0.02}
 RING_STEP = 2 * 16 << 20
 HOLD = 20
 # Seconds between two samples, and part of a layout's time: a row that was unseen for longer than both is
-# refused. The kernel answers late while a process that is asked about gets or gives back much memory.
-LONGEST_GAP, LONGEST_PART = 0.1, 0.25
+# refused, so one that was seen but once. The kernel answers late while a process that is asked about gets
+# or gives back much memory.
+LONGEST_GAP, LONGEST_PART = 0.1, 0.5
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _WARM = 64 << 10
 
