@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 from transport.backends.base import Inbound, Outbound
 from transport.link import Link
@@ -16,8 +17,17 @@ from transport.wire import Wire
 
 _LOOK_EVERY = 0.5
 _LOOK_AT_THE_DEAD_EVERY = 0.1
-_CONNECTION_OUTLIVES_PEER = 0.3  # seconds without anything new from a dead peer
+_CONNECTION_OUTLIVES_PEER = 0.3  # seconds in which one looked and found nothing new from a dead peer
 _SUSPECT_FOR, _SUSPECT_NAP = 1.0, 0.01
+
+
+@dataclass
+class _Silence:
+    """Of a dead peer: the number that came last, when one looked for more, and for how many seconds."""
+
+    arrived: int
+    looked: float
+    lasted: float = 0.0
 
 
 class Departures:
@@ -48,13 +58,13 @@ class Departures:
         self._finish = finish
         self._fail = fail
         self._suspects: dict[int, float] = {}  # sockets on which a connection ended, and until when
-        self._dead_since: dict[int, tuple[float, int]] = {}  # and the last number that came, by link
+        self._silences: dict[int, _Silence] = {}  # of the dead, by link
         self._looked = 0.0
 
     @property
     def looks_every(self) -> float:
         """Seconds from one look for dead peers to the next: a death is noticed within one second."""
-        return _LOOK_AT_THE_DEAD_EVERY if self._dead_since else _LOOK_EVERY
+        return _LOOK_AT_THE_DEAD_EVERY if self._silences else _LOOK_EVERY
 
     @property
     def nap(self) -> float:
@@ -84,16 +94,20 @@ class Departures:
         """Whether a dead peer's connection has brought nothing for so long that no more will come."""
         self._read_all()
         now = time.monotonic()
-        since, arrived = self._dead_since.get(link.peer.link, (now, link.arrived))
-        if link.arrived != arrived:  # zmq reads on as it is emptied
-            since = now
+        silence = self._silences.get(link.peer.link)
+        if silence is None or link.arrived != silence.arrived:  # zmq reads on as it is emptied
+            silence = _Silence(link.arrived, looked=now)
+        else:
+            # Nobody looked for longer: zmq's thread may have been stopped, too, with more to read.
+            silence.lasted += min(now - silence.looked, _LOOK_AT_THE_DEAD_EVERY)
+            silence.looked = now
         if not link.ended:
-            self._dead_since[link.peer.link] = since, link.arrived
-        return now - since > _CONNECTION_OUTLIVES_PEER
+            self._silences[link.peer.link] = silence
+        return silence.lasted > _CONNECTION_OUTLIVES_PEER
 
     def forget(self, link: Link) -> None:
         """A link has ended."""
-        self._dead_since.pop(link.peer.link, None)
+        self._silences.pop(link.peer.link, None)
 
     def _examine(self) -> None:
         """A connection ended on some sockets: find out whose, after reading what it still sent."""
@@ -117,7 +131,7 @@ class Departures:
             if fault:
                 self._fail(link, fault)
             elif not (death := self._death(link)):
-                self._dead_since.pop(link.peer.link, None)
+                self._silences.pop(link.peer.link, None)
             elif self.is_silent(link):
                 self._finish(link, f"died: {death}")
 
