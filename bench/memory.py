@@ -66,7 +66,7 @@ def _send_prompt(link: links.Link, prompt: int, images: int, nbytes: int, *, len
     with contextlib.ExitStack() as stack:
         tensors, checksums = [], []
         for image in range(images):
-            tensors.append(_blank(link, nbytes, stack, lent=lent))
+            tensors.append(blank(link, nbytes, stack, lent=lent))
             words = tensors[-1].numpy()
             payload.fill(words, (prompt + 1) * images + image + 1)
             checksums.append(payload.checksum(words))
@@ -74,18 +74,20 @@ def _send_prompt(link: links.Link, prompt: int, images: int, nbytes: int, *, len
         link.send({"prompt": prompt, "crcs": checksums, "images": tensors})
         tensors.clear()
     answer = link.receive()
-    _expect(answer, prompt)
+    expect(answer, prompt)
     return float(answer["held"])
 
 
-def _blank(link: links.Link, nbytes: int, stack: contextlib.ExitStack, *, lent: bool) -> torch.Tensor:
+def blank(link: links.Link, nbytes: int, stack: contextlib.ExitStack, *, lent: bool) -> torch.Tensor:
+    """Where an image is made, int64 [nbytes / 8]: a mapping of its own or, lent, the ring."""
     if not lent:
         return torch.frombuffer(mmap.mmap(-1, nbytes, flags=_PRIVATE), dtype=torch.int64)
     assert isinstance(link, links.EndpointLink)
     return stack.enter_context(link.loan((nbytes // 8,)))
 
 
-def _expect(answer: links.Body, prompt: int) -> None:
+def expect(answer: links.Body, prompt: int) -> None:
+    """`WrongAnswerError` unless this message is about that prompt."""
     if answer["prompt"] != prompt:
         raise WrongAnswerError(f"prompt {prompt} was answered with {answer['prompt']}")
 
@@ -110,7 +112,7 @@ def _take_prompt(folder: Path, link: links.Link, prompt: int, images: int, nbyte
 
 
 def _check_and_hold(folder: Path, body: links.Body, prompt: int, images: int, nbytes: int) -> float:
-    _expect(body, prompt)
+    expect(body, prompt)
     if len(body["images"]) != images:
         raise WrongAnswerError(f"prompt {prompt} has {len(body['images'])} images, not {images}")
     for image, (tensor, checksum) in enumerate(zip(body["images"], body["crcs"], strict=True)):

@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import mmap
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from bench import links, payload, sampler, usage, ways
 from bench.floor import TIMEOUT
 from bench.harness import Outcome, Result, Row, number, numbers
-from bench.memory import above_idle
+from bench.memory import above_idle, blank, expect
 from bench.part import Json, Report, WrongAnswerError
 from bench.report import Benchmark, Grid, met, table
 
@@ -57,7 +54,6 @@ HOLD = 20
 # refused, so one that was seen but once. The kernel answers late while a process that is asked about gets
 # or gives back much memory.
 LONGEST_GAP, LONGEST_PART = 0.1, 0.5
-_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _WARM = 64 << 10
 
 METHOD = f"""\
@@ -113,10 +109,10 @@ def _layout(
         for prompt, images in enumerate(LAYOUTS[layout], first):
             making += _send(link, prompt, images, nbytes, lent=lent)
             if alone:
-                _expect(link.receive(), prompt)
+                expect(link.receive(), prompt)
         if not alone:
             for prompt in range(first, first + count):
-                _expect(link.receive(), prompt)
+                expect(link.receive(), prompt)
         seconds, used = time.perf_counter() - start, usage.of(pids) - used
         values |= {f"{name} seconds": seconds - making, f"{name} making": making}
         values |= {f"{name} cpu": used.cpu, f"{name} faults": used.faults}
@@ -130,7 +126,7 @@ def _send(link: links.Link, prompt: int, images: int, nbytes: int, *, lent: bool
     with contextlib.ExitStack() as stack:
         tensors, folds = [], []
         for image in range(images):
-            tensor = _blank(link, nbytes, stack, lent=lent)
+            tensor = blank(link, nbytes, stack, lent=lent)
             start = time.perf_counter()
             words = tensor.numpy()
             payload.fill(words, (prompt + 2) * 100 + image)
@@ -141,18 +137,6 @@ def _send(link: links.Link, prompt: int, images: int, nbytes: int, *, lent: bool
         link.send({"prompt": prompt, "folds": folds, "tensors": tensors})
         tensors.clear()
     return making
-
-
-def _blank(link: links.Link, nbytes: int, stack: contextlib.ExitStack, *, lent: bool) -> torch.Tensor:
-    if not lent:
-        return torch.frombuffer(mmap.mmap(-1, nbytes, flags=_PRIVATE), dtype=torch.int64)
-    assert isinstance(link, links.EndpointLink)
-    return stack.enter_context(link.loan((nbytes // 8,)))
-
-
-def _expect(answer: links.Body, prompt: int) -> None:
-    if answer["prompt"] != prompt:
-        raise WrongAnswerError(f"prompt {prompt} was answered with {answer['prompt']}")
 
 
 def far(
@@ -175,7 +159,7 @@ def _take(link: links.Link, prompt: int, images: int, nbytes: int, pause: float)
 
 
 def _check(body: links.Body, prompt: int, images: int, nbytes: int, pause: float) -> None:
-    _expect(body, prompt)
+    expect(body, prompt)
     if len(body["tensors"]) != images:
         raise WrongAnswerError(f"prompt {prompt} has {len(body['tensors'])} images, not {images}")
     for image, (tensor, fold) in enumerate(zip(body["tensors"], body["folds"], strict=True)):

@@ -280,7 +280,7 @@ def test_a_layout_whose_memory_was_not_seen_for_long_is_refused() -> None:
         row.accept(values)
     good = Result(row=row, outcomes=[_good(values)])
     assert (
-        "longest time between two samples: 400 ms (4x8 shm, drain)." in table.BENCHMARK.show([good])[0].notes
+        "longest time between two samples: 500 ms (4x8 shm, drain)." in table.BENCHMARK.show([good])[0].notes
     )
 
 
