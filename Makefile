@@ -34,7 +34,7 @@ INSTALL_TORCH = $(PIP) install -c $(PINS) $(if $(TORCH_INDEX),--index-url $(TORC
 	{ echo "no CPU build of torch in the package index: installing the default build"; $(PIP) install -c $(PINS) torch; }
 endif
 
-.PHONY: help run test test-vllm check bench bench-peers stress clean
+.PHONY: help run test test-peers test-vllm check bench bench-peers stress clean
 .DEFAULT_GOAL := help
 
 help: ## list what can be made
@@ -48,6 +48,9 @@ test: .venv/installed ## the test suite, without the stress tests; ARGS="-k ring
 
 test-vllm: .venv-vllm/vllm-$(VLLM) ## the plugin in real vLLM, without a GPU, in an environment of its own; VLLM=0.33.0
 	.venv-vllm/bin/python -m pytest tests/vllm $(ARGS)
+
+test-peers: bench-peers ## ranks under Ray, and the rows of the benchmarks that are other people's code
+	.venv-peers/bin/python -m pytest tests/hosts/test_ray.py tests/bench/test_peers.py -m "" $(ARGS)
 
 check: .venv/installed ## lint, format, types
 	$(BIN)/ruff check .
