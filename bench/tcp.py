@@ -310,7 +310,10 @@ def _memory(results: Sequence[Result]) -> Grid:
         [result.row.name, _cell(result, _peak)] for result in results if result.row.name.startswith("memory")
     ]
     windows = 2 * WINDOW // MIB
-    notes = [f"aim: the window ({WINDOW // MIB} MiB) at each end and no more, {windows} MiB."]
+    notes = [
+        f"aim: the window ({WINDOW // MIB} MiB) at each end and no more, {windows} MiB. A ring takes pages in"
+    ]
+    notes += ["steps of 16 MiB, one ahead."]
     return Grid(title="memory of both sides beyond idle, MiB", columns=["", "peak"], rows=rows, notes=notes)
 
 
