@@ -163,7 +163,7 @@ class Front(_Party):
         """What is encoded meanwhile is for the engine of that identity of vLLM's.
 
         tensors: those of the message as far as they are known: copied all at a time, by several threads.
-        One that occurs more than once is sent once.
+        One that occurs more than once is sent once, or refused once.
         """
         self._target = _ENGINE.format(int.from_bytes(engine, "little"))
         try:
@@ -183,12 +183,10 @@ class Front(_Party):
         if self._target not in self._ready:
             self._refused("not linked", tensor.nbytes)
             return None
-        key: Key | None = self._lent.get(tensor)  # type: ignore[no-untyped-call]
-        key = key or self.put(tensor, [self._target])
-        if key is None:
-            return None
-        self._lent[tensor] = key
-        return {"tensorferry": list(key)}
+        if tensor not in self._lent:
+            self._lent[tensor] = self.put(tensor, [self._target])
+        key: Key | None = self._lent[tensor]
+        return None if key is None else {"tensorferry": list(key)}
 
     def _lend_all(self, tensors: Sequence[torch.Tensor], target: str) -> None:
         """Send the tensors in order, each when its copy is done; what finds no room is left to `lend`."""

@@ -193,6 +193,23 @@ def test_of_a_request_too_large_for_the_ring_some_tensors_go_vllms_way(keeping: 
     assert all(torch.equal(tensor, image(seed)) for seed, tensor in got.items())
 
 
+def test_a_tensor_that_finds_no_room_is_counted_once(address: str) -> None:
+    """Copied into the ring before its engine was found to have its share already."""
+    given = settings(copy_above=1.0, peer_share=0.5)
+    core, front = Core(given, 0, [address], workers=0), Front(given, address)
+    try:
+        assert front.wait_for([0], timeout=30) == [0]
+        parts = [image(seed) for seed in range(10)]  # 12 MB, of a ring of 16 that an engine may have half of
+        with front.sending_to(ENGINE, parts):
+            metas = [front.lend(part) for part in parts]
+        got = [meta for meta in metas if meta is not None]
+        ways = {how: count for _, how, count, _ in front.counts.rows()}
+        assert ways == {"ring": len(got), "vLLM (Full)": 10 - len(got)}
+    finally:
+        front.close()
+        core.close()
+
+
 def test_what_the_ring_is_not_for_goes_vllms_way(pair: tuple[Front, Core]) -> None:
     front, _ = pair
     assert lend(front, torch.zeros(8)) is None  # small
