@@ -53,13 +53,17 @@ class Counts:
 
     def heard(self, who: str, rows: list[Any]) -> None:
         """Another process, which has no way to Prometheus, tells its own."""
-        self._others[who] = [(str(hop), str(how), int(n), int(size)) for hop, how, n, size in rows]
+        told = [(str(hop), str(how), int(n), int(size)) for hop, how, n, size in rows]
+        with self._lock:
+            self._others[who] = told
 
     def total(self) -> list[tuple[str, str, int, int]]:
         """As `rows`, with what was heard."""
         tensors: Counter[Way] = Counter()
         nbytes: Counter[Way] = Counter()
-        for hop, how, count, size in [*self.rows(), *(row for rows in self._others.values() for row in rows)]:
+        with self._lock:
+            heard = [row for rows in self._others.values() for row in rows]
+        for hop, how, count, size in [*self.rows(), *heard]:
             tensors[hop, how] += count
             nbytes[hop, how] += size
         return [(*way, count, nbytes[way]) for way, count in sorted(tensors.items())]

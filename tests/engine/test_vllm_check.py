@@ -15,7 +15,7 @@ import pytest
 
 from engine.vllm import check, guard, points
 from engine.vllm.check import Line
-from engine.vllm.counts import FRONT, Counts, saved
+from engine.vllm.counts import FRONT, WORKERS, Counts, saved
 from tests.engine.test_vllm_guard import NoImport
 from tests.engine.test_vllm_roles import image, lend, linked, until
 
@@ -106,12 +106,33 @@ def test_a_process_is_seen_also_while_it_saves() -> None:
     thread = threading.Thread(target=saves)
     thread.start()
     try:
-        for _ in range(2000):
+        for _ in range(100_000):
             assert any(process["pid"] == os.getpid() for process in saved())
     finally:
         stop.set()
         thread.join()
         counts.remove()
+
+
+def test_engines_are_heard_while_the_counters_are_read() -> None:
+    """By the mailbox's thread, while vLLM's logs a line."""
+    counts = Counts("front")
+
+    def hears() -> None:
+        for number in range(100_000):
+            counts.heard(f"engine{number}", [(WORKERS, "handle", 1, 5)])
+
+    thread = threading.Thread(target=hears)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        while thread.is_alive():
+            counts.line()
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert counts.total() == [(WORKERS, "handle", 100_000, 500_000)]
 
 
 def test_a_process_that_nobody_is_linked_with_is_not_ok(
