@@ -94,7 +94,7 @@ def _hook_options() -> bool:
 def _options_given(original: Callable[..., Any], given: Any, *arguments: Any, **named: Any) -> Any:
     """ValueError, which is for who wrote them, before anything is loaded."""
     if settings_of(getattr(given, "additional_config", None)) is not None:
-        with Harmless("what is done at the end"):
+        with Harmless("what is done at the end", tensors=False):
             _sweep_at_exit()
     return original(given, *arguments, **named)
 
@@ -106,7 +106,7 @@ def _sweep_at_exit() -> None:
 
 
 def _sweep() -> None:
-    with Harmless("the sweep at the end"):
+    with Harmless("the sweep at the end", tensors=False):
         sweep()
 
 
@@ -136,7 +136,7 @@ def _link(client: Any, settings: Settings) -> None:
     parallel = client.vllm_config.parallel_config
     engines = client.engine_ranks_managed
     client.core_engine  # noqa: B018  # what `_client_sends` asks for
-    with Harmless("the look at vLLM's version"):
+    with Harmless("the look at vLLM's version", tensors=False):
         if untested := points.untested(metadata.version("vllm")):
             _log.warning("tensorferry: %s", untested)
     if not _has_tensors(client.vllm_config):
@@ -246,7 +246,7 @@ def _hook_log() -> bool:
 def _statistics_logged(original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """vLLM has a logger for each engine; the counters of all engines are said once, and when they grew."""
     result = original(*arguments, **named)
-    with Harmless("the line of counters"):
+    with Harmless("the line of counters", tensors=False):
         for front in _fronts:
             if line := front.counts.news():
                 _log.info("tensorferry: %s", line)
@@ -328,7 +328,7 @@ def _request_came(original: Callable[..., Any], engine: Any, *arguments: Any, **
             raise RuntimeError(f"tensors of request {name} are lost: {'; '.join(lost)}")
         return original(engine, *arguments, **named)
     except Exception:
-        with Harmless("the cache of images"):
+        with Harmless("the cache of images", tensors=False):
             _cache_what_is_whole(engine, request)
         raise
 

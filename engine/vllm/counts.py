@@ -84,7 +84,7 @@ class Counts:
         if not now and time.monotonic() < self._next:
             return
         self._next = time.monotonic() + _WRITE_EVERY
-        with guard.Harmless("the counters for Prometheus"):
+        with guard.Harmless("the counters for Prometheus", tensors=False):
             self._publish()
         state = {"tensors": self.rows(), "hooked": points.hooked, "failed": dict(guard.failures)}
         text = json.dumps({"role": self.role, "pid": os.getpid(), **state, **more})

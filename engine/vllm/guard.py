@@ -22,10 +22,14 @@ failures: Counter[str] = Counter()  # how often each part failed in this process
 
 
 class Harmless:
-    """Around what is ours in a hook: an exception ends here, with its traceback in the log, once in 30 s."""
+    """Around what is ours in a hook: an exception ends here, with its traceback in the log, once in 30 s.
 
-    def __init__(self, part: str) -> None:
+    tensors: whether some go vLLM's way then.
+    """
+
+    def __init__(self, part: str, *, tensors: bool = True) -> None:
         self._part = part
+        self._so = "; tensors go vLLM's way" if tensors else ""
 
     def __enter__(self) -> None:
         pass
@@ -37,7 +41,7 @@ class Harmless:
             return False
         failures[self._part] += 1
         name = type(error).__name__
-        text = f"tensorferry: {self._part} failed: {name}: {error}; tensors go vLLM's way"
+        text = f"tensorferry: {self._part} failed: {name}: {error}{self._so}"
         _warnings.tell(partial(_log.error, exc_info=error), text, self._part, name)
         return True
 
