@@ -73,7 +73,11 @@ def settings_of(additional_config: object, *, engines: int = 1) -> Settings | No
         "shm_spare_bytes": _SPARE_BYTES,
         "peer_share": 1.0 if engines == 1 else 0.5,
     }
-    return Settings(TransportConfig(**{**defaults, **options}, backend="shm"), float(copy_above))
+    try:
+        transport = TransportConfig(**{**defaults, **options}, backend="shm")
+    except ValueError as error:
+        raise ValueError(f"{KEY}: {error}") from None
+    return Settings(transport, float(copy_above))
 
 
 def folder() -> Path:

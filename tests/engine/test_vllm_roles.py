@@ -566,10 +566,10 @@ def test_sockets_of_the_dead_are_swept_and_others_are_not(pair: tuple[Front, Cor
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"ring_byte": 1}, "ring_byte"),
-        ({"backend": "frames"}, "backend"),
-        ({"copy_above": 2}, "copy_above"),
-        ({"ring_bytes": 1}, "ring_bytes"),
+        ({"ring_byte": 1}, "tensorferry: unknown option ring_byte"),
+        ({"backend": "frames"}, "tensorferry: unknown option backend"),
+        ({"copy_above": 2}, "tensorferry: copy_above must be"),
+        ({"ring_bytes": 1}, "tensorferry: ring_bytes must be"),
     ],
 )
 def test_a_wrong_option_is_refused_by_name(given: dict[str, object], message: str) -> None:
