@@ -69,8 +69,8 @@ def check(nbytes: int, purpose: str, spare: int = 0) -> None:
     """
     now = space()
     if nbytes > now.available or nbytes > now.free - spare:
-        left = f", of which {human(spare)} are left to others" if spare else ""
-        raise NoSpace(f"{purpose} needs {human(nbytes)}, but {now}{left}. {REMEDY}")
+        left = f" and leaves {human(spare)} of {DIRECTORY} to others (shm_spare_bytes)" if spare else ""
+        raise NoSpace(f"{purpose} needs {human(nbytes)}{left}, but {now}. {REMEDY}")
 
 
 def require_space(nbytes: int) -> None:
