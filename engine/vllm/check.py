@@ -13,8 +13,11 @@ from engine.vllm.counts import saved
 _GROUP, _NAME = "vllm.general_plugins", "tensorferry"
 _OWN_WAY = "vLLM ("  # how a way is called that is vLLM's, with the reason behind it
 _REMEDIES = {
-    "not linked": "An engine or worker on another host, or one that says why in its log.",
-    "Full": "Make ring_bytes larger, or copy_above smaller.",
+    "not linked": "The first after the start, who is on another host, or who says why in its log.",
+    "Full": (
+        "Make /dev/shm larger where the log says that the ring stays smaller; else make ring_bytes larger, or"
+        " copy_above smaller."
+    ),
     "larger than the ring": "Make ring_bytes larger.",
 }
 

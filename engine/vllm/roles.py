@@ -83,7 +83,7 @@ class _Party:
         try:
             self.endpoint.try_send(body, to=readers)
         except (TransportError, TypeError) as error:
-            self._refused(type(error).__name__, nbytes)
+            self._refused(self._why(error, readers), nbytes)
             return None
         self.counts.add(self._hop, "copied out" if copy else "ring", nbytes)
         return key
@@ -100,6 +100,11 @@ class _Party:
 
     def _refused(self, why: str, nbytes: int) -> None:
         self.counts.add(self._hop, f"vLLM ({why})", nbytes)
+
+    def _why(self, error: Exception, readers: Sequence[str]) -> str:
+        """What is counted for an error: `Full` is raised, too, where somebody does not map the ring yet."""
+        unproved = isinstance(error, Full) and not self.admitted().issuperset(readers)
+        return "not linked" if unproved else type(error).__name__
 
     def admitted(self) -> set[str]:
         """The peers that proved that they map this party's ring."""
@@ -299,7 +304,7 @@ class Core(_Party):
         try:
             handles = self.endpoint.forward(message, to=workers, timeout=0.0)
         except TransportError as error:
-            self._refused(type(error).__name__, tensor.nbytes)
+            self._refused(self._why(error, workers), tensor.nbytes)
             return None
         # A worker that does not map the front end's ring got a copy.
         way = "handle" if handles == len(workers) else "ring"

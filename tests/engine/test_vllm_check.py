@@ -153,8 +153,8 @@ def test_a_process_that_nobody_is_linked_with_is_not_ok(
 @pytest.mark.parametrize(
     ("peer", "how", "advice"),
     [
-        ("shm: proved", "vLLM (not linked)", "not linked: An engine or worker on another host"),
-        ("shm: proved", "vLLM (Full)", "Full: Make ring_bytes larger"),
+        ("shm: proved", "vLLM (not linked)", "not linked: The first after the start, who is on another host"),
+        ("shm: proved", "vLLM (Full)", "Full: Make /dev/shm larger where the log says"),
         ("shm: proved", "vLLM (larger than the ring)", "larger than the ring: Make ring_bytes larger."),
         ("shm: proved", "vLLM (PeerGone)", "PeerGone: see its log."),
         ("not shm: another host's", "ring", "engine0 does not map the ring"),

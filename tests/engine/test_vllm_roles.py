@@ -18,7 +18,7 @@ import transport
 from engine.vllm import counts, roles
 from engine.vllm.mailbox import Mailbox
 from engine.vllm.roles import Core, Front, Worker
-from engine.vllm.settings import Settings, front_address, settings_of, sweep
+from engine.vllm.settings import Settings, core_address, front_address, settings_of, sweep
 from tests.shm.rings import run_python
 from transport.conformance import joined
 
@@ -418,6 +418,19 @@ def test_an_engine_hands_on_to_its_worker(address: str, lent: bool, maps: bool) 
         assert core.endpoint.statistics()["backend"]["nbytes"] == (0 if handle else image().nbytes)
         del got
         until(lambda: used(front) == 0)
+
+
+def test_until_a_worker_maps_its_engines_ring_it_is_not_linked(address: str) -> None:
+    """That is no full ring, which `tensorferry doctor --vllm` would advise to make larger."""
+    given = settings()
+    core = Core(given, 0, [address], workers=1)
+    try:
+        with transport.connect(core_address(os.getpid()), name=f"worker-{os.getpid()}-1", timeout=30):
+            until(lambda: core._workers)
+            assert core.hand_on(image()) is None  # the worker receives nothing, and so proves nothing
+            assert core.counts.rows() == [(counts.WORKERS, "vLLM (not linked)", 1, image().nbytes)]
+    finally:
+        core.close()
 
 
 def test_a_worker_waits_longer_than_an_engine(address: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,8 @@ def handed_on(ways: dict[str, list[int]], tensors: int, readers: int) -> None:
     Those are pickled, or copied once into the EngineCore's own ring.
     """
     handles, copied, pickled = (
-        ways.get(f"engine: engine to workers: {way}", [0])[0] for way in ("handle", "ring", "vLLM (Full)")
+        ways.get(f"engine: engine to workers: {way}", [0])[0]
+        for way in ("handle", "ring", "vLLM (not linked)")
     )
     assert handles >= tensors // 2
     assert handles + copied + pickled == tensors
