@@ -176,7 +176,8 @@ def latency(stem: Path, lines: Mapping[str, Line], caption: str) -> list[Path]:
     panel.grid(axis="y", color="#E5E5E5")
     panel.set_xlabel("size of the tensor" + (", and the floor's round trip" if floor else ""))
     panel.set_ylabel("median round trip, as a multiple of the floor's" if floor else "median round trip, µs")
-    _label_ends(panel, ends, {way: str(style["color"]) for way, style in styles.items()})
+    if ends:
+        _label_ends(panel, ends, {way: str(style["color"]) for way, style in styles.items()})
     said = (
         "The floor: the bytes copied once, by one thread, into warm shared memory, and zmq to tell of it. Its"
         " line is 1x;\nits µs stand under the sizes, so that 2x at 16 MiB are twice the µs there."
