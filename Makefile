@@ -58,7 +58,7 @@ check: .venv/installed ## lint, format, types
 	$(BIN)/mypy
 
 bench: .venv/installed ## the benchmarks, hours in all; BENCH="table" ARGS="--quick"
-	status=0; python=$(BIN)/python; test ! -e .venv-peers/bin/python || python=.venv-peers/bin/python; \
+	trap 'exit 130' INT; status=0; python=$(BIN)/python; test ! -e .venv-peers/bin/python || python=.venv-peers/bin/python; \
 	for name in $(BENCH); do $$python -m bench $$name $(ARGS) || { status=1; echo "make bench: $$name failed" >&2; }; done; \
 	exit $$status
 
