@@ -281,7 +281,7 @@ def _is_addresses(value: Any) -> bool:
 
 
 def _meet(engine: Any, settings: Settings, addresses: list[str]) -> None:
-    """Make this engine's end. Its decoder gets the provider last, when nothing is left that can fail."""
+    """Make this engine's end. Its decoder gets the provider last, whatever became of hop 2."""
     global _core
     queue: Any = getattr(engine.model_executor, "rpc_broadcast_mq", None)
     workers = 0
@@ -291,7 +291,9 @@ def _meet(engine: Any, settings: Settings, addresses: list[str]) -> None:
             workers = 0 if queue.n_remote_reader else queue.n_local_reader
     core = Core(settings, engine.engine_index, addresses, workers)
     if workers:
-        _hook_queue(queue, core)
+        with Harmless("the queue to the workers"):
+            _hook_queue(queue, core)
+    # It is linked from now on, and a decoder without a provider would not survive what front ends send.
     _core, engine.tensor_ipc_receiver = core, _Provider(core)
 
 

@@ -267,6 +267,23 @@ def test_an_engine_without_addresses_begins_all_the_same(caplog: pytest.LogCaptu
     assert "no list of addresses" in tracebacks(caplog)[0]
 
 
+def test_an_engine_whose_queue_cannot_be_hooked_takes_what_front_ends_send(
+    monkeypatch: pytest.MonkeyPatch, short_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its end is linked by then, and without a provider vLLM's decoder would end the input thread."""
+    monkeypatch.setattr(vllm_plugin, "_core", None)
+    monkeypatch.setattr(points, "require", lambda _hop: None)
+    begins = engine({"tensorferry": True})
+    begins.model_executor.rpc_broadcast_mq = types.SimpleNamespace(n_local_reader=1, n_remote_reader=0)
+    try:
+        assert vllm_plugin._input_begins(Calls(lambda: "ran"), begins, [f"ipc://{short_path}/vllm"]) == "ran"
+        assert isinstance(begins.tensor_ipc_receiver, vllm_plugin._Provider)
+        assert "the queue to the workers failed: AttributeError" in tracebacks(caplog)[0]
+    finally:
+        if vllm_plugin._core is not None:
+            vllm_plugin._core.close()
+
+
 def test_a_request_comes_however_vllm_says_it() -> None:
     original, here = Calls(lambda: "added"), engine(None)
     request = Request(image())
