@@ -271,7 +271,7 @@ def _input_begins(original: Callable[..., Any], engine: Any, *arguments: Any, **
     """In the engine's input thread, before its decoders are built."""
     with Harmless("the EngineCore"):
         settings = settings_of(engine.vllm_config.additional_config)
-        if settings is not None and engine.tensor_ipc_receiver is None:
+        if settings is not None and engine.tensor_ipc_receiver is None and _has_tensors(engine.vllm_config):
             _meet(engine, settings, pick((*arguments, *named.values()), "list of addresses", _is_addresses))
     return original(engine, *arguments, **named)
 

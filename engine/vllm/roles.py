@@ -41,6 +41,7 @@ _log = logging.getLogger("vllm.tensorferry")
 
 _PIECE = 16 << 20  # at most this much is copied by one thread in one go
 _LEAST_PIECE = 1 << 20
+_LINKS_WITHIN = 60.0  # seconds since the start in which a party looks often for who is to link with it
 _PROVES_WITHIN = 60.0  # seconds since the handshake; who has not by then shares no /dev/shm with this process
 _TAKE_TIMEOUT = 10.0  # for all of a request: they were sent before vLLM's message that asks for them
 _HAND_ON_TIMEOUT = (
@@ -64,6 +65,7 @@ class _Party:
         self._warnings = RateLimit()
         self._numbers = itertools.count(1)
         self._message = 0  # of vLLM's
+        self._since = time.monotonic()
         self._used = 0  # bytes of the ring, as of the last message and what it added
         # Before the endpoint's own finalizer takes the sockets from under the mailbox's thread.
         atexit.register(self.close)
@@ -132,6 +134,9 @@ class _Party:
         """Called again and again; whether to look again soon."""
         raise NotImplementedError
 
+    def _is_young(self) -> bool:
+        return time.monotonic() < self._since + _LINKS_WITHIN
+
     def close(self) -> None:
         """Leave. Tensors that were taken stay."""
         atexit.unregister(self.close)
@@ -148,7 +153,6 @@ class Front(_Party):
         self._target: str | None = None
         self._lent: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of the message that is being encoded
         self._pool = ThreadPoolExecutor(settings.transport.threads, thread_name_prefix="tensorferry-copy")
-        self._since = time.monotonic()
         super().__init__(settings, f"front-{os.getpid()}-{secrets.token_hex(4)}", FRONT, "front")
         sweep()
         self.endpoint.listen(front_address(vllm_address))
@@ -236,7 +240,7 @@ class Front(_Party):
         waiting = self.offer()
         self._ready = frozenset(self.admitted())
         self.counts.save(peers={peer.name: peer.backend for peer in self.endpoint.peers})
-        return waiting or (not self._ready and time.monotonic() < self._since + 60)
+        return waiting or (not self._ready and self._is_young())
 
 
 class Core(_Party):
@@ -322,7 +326,7 @@ class Core(_Party):
                     self.endpoint.try_send({"fronts": list(self._fronts)}, to=name)
                     self._told[name] = len(self._fronts)
             self._workers = there
-            waiting = len(there) < self._expected
+            waiting = len(there) < self._expected and self._is_young()
         self._report()
         self.counts.save(peers={peer.name: peer.backend for peer in self.endpoint.peers})
         return waiting

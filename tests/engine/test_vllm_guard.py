@@ -222,10 +222,11 @@ def test_a_version_that_was_not_tried_is_warned_of_where_rings_are_asked_for(
     assert said == ["tensorferry: vLLM 0.24.0 was not tried; known are 0.25.1 up to 0.33.0"] * warned
 
 
-def engine(additional_config: Any) -> Any:
+def engine(additional_config: Any, *, multimodal: bool = True) -> Any:
     """As an `EngineCoreProc` without workers."""
+    model = types.SimpleNamespace(multimodal_config={} if multimodal else None, enable_prompt_embeds=False)
     return types.SimpleNamespace(
-        vllm_config=types.SimpleNamespace(additional_config=additional_config),
+        vllm_config=types.SimpleNamespace(additional_config=additional_config, model_config=model),
         tensor_ipc_receiver=None,
         model_executor=types.SimpleNamespace(),
         engine_index=0,
@@ -257,6 +258,13 @@ def test_an_engine_begins_however_vllm_says_it(
     finally:
         if vllm_plugin._core is not None:
             vllm_plugin._core.close()
+
+
+def test_an_engine_of_a_model_without_images_is_left_alone(short_path: Path) -> None:
+    """Neither its front ends nor its workers make an end that it could link with."""
+    original, begins = Calls(lambda: "ran"), engine({"tensorferry": True}, multimodal=False)
+    assert vllm_plugin._input_begins(original, begins, [f"ipc://{short_path}/vllm"]) == "ran"
+    assert begins.tensor_ipc_receiver is None
 
 
 def test_an_engine_without_addresses_begins_all_the_same(caplog: pytest.LogCaptureFixture) -> None:

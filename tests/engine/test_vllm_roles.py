@@ -433,6 +433,19 @@ def test_until_a_worker_maps_its_engines_ring_it_is_not_linked(address: str) -> 
         core.close()
 
 
+def test_workers_that_never_come_are_not_looked_for_again_and_again(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every second, as for everything else, and no longer twenty times in each."""
+    core = Core(settings(), 0, [address], workers=1)
+    try:
+        assert core.look()
+        monkeypatch.setattr(roles, "_LINKS_WITHIN", 0.0)
+        assert not core.look()
+    finally:
+        core.close()
+
+
 def test_a_worker_waits_longer_than_an_engine(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is lost to it ends it, and vLLM."""
     monkeypatch.setattr(roles, "_TAKE_TIMEOUT", 0.0)
