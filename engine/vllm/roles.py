@@ -62,6 +62,7 @@ class _Party:
         self.pid = os.getpid()
         self._hop = hop
         self._ringless = False  # no ring can be made here
+        self._offered = False  # to whoever was linked then; others are offered it when they link
         self._warnings = RateLimit()
         self._numbers = itertools.count(1)
         self._message = 0  # of vLLM's
@@ -114,18 +115,20 @@ class _Party:
 
     def offer(self) -> bool:
         """Let peers that have not proved it prove that they map the ring; whether one is still to answer."""
-        peers = self.endpoint.peers
-        if self._ringless or all(p.held is not None or p.connected > _PROVES_WITHIN for p in peers):
+        unproved = [peer for peer in self.endpoint.peers if peer.held is None]
+        late = all(peer.connected > _PROVES_WITHIN for peer in unproved)
+        if self._ringless or not unproved or (late and self._offered):
             return False
         try:
             with self.endpoint.loan((1,), torch.uint8, timeout=0.1):
-                pass  # making room is what makes the offers
+                self._offered = True  # making room is what makes the offers
         except Full as error:
             made = "ring" in self.endpoint.statistics()["backend"]  # and is full, or has no page yet
             self._ringless = not made
             text = f"tensorferry: tensors go vLLM's way{' as long as that is so' if made else ''}: {error}"
-            self._warnings.tell(_log.warning, text, "offer")
-        return not self._ringless
+            if not late:  # or it was said for a minute
+                self._warnings.tell(_log.warning, text, "offer")
+        return not self._ringless and not late
 
     def notice(self, sender: str, body: dict[str, Any]) -> None:
         """A message without a tensor came."""

@@ -19,6 +19,8 @@ from engine.vllm import counts, roles
 from engine.vllm.mailbox import Mailbox
 from engine.vllm.roles import Core, Front, Worker
 from engine.vllm.settings import Settings, core_address, front_address, settings_of, sweep
+from shm import memory
+from shm.memory import Space
 from tests.shm.rings import run_python
 from transport.conformance import joined
 
@@ -558,6 +560,26 @@ def test_a_ring_that_is_full_just_now_is_a_ring(address: str, caplog: pytest.Log
         assert lend(front, image()) is not None
         assert "vLLM's way as long as that is so: no room for 1 B" in caplog.text
         assert "vLLM's way: " not in caplog.text
+    finally:
+        front.close()
+        core.close()
+
+
+def test_a_ring_that_gets_its_first_page_late_is_mapped_then(
+    address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As while another vLLM, which is just ending, has most of /dev/shm."""
+    monkeypatch.setattr(roles, "_PROVES_WITHIN", 0.5)
+    now = memory.space
+    monkeypatch.setattr(memory, "space", lambda: Space(1 << 30, 100 << 20, None, 1 << 30))
+    given = settings()
+    core, front = Core(given, 0, [address], workers=0), Front(given, address)
+    try:
+        until(lambda: "vLLM's way as long as that is so: growing the ring" in caplog.text)
+        until(lambda: front.endpoint.peers[0].connected > 0.5)
+        assert front.wait_for([0], timeout=0.2) == []
+        monkeypatch.setattr(memory, "space", now)
+        assert front.wait_for([0], timeout=30) == [0]
     finally:
         front.close()
         core.close()
