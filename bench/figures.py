@@ -153,15 +153,17 @@ Line: TypeAlias = "Sequence[tuple[int, float]] | str"
 
 def latency(stem: Path, lines: Mapping[str, Line], caption: str) -> list[Path]:
     """Round trips by size as multiples of the floor's, or in µs where no floor was measured."""
+    measured = lines.get("floor", "")
+    floor = {} if isinstance(measured, str) else dict(measured)
+    lines = {way: _at_sizes(points, floor) for way, points in lines.items()}
     drawn = {way: points for way, points in lines.items() if not isinstance(points, str)}
-    floor = dict(drawn.get("floor", ()))
     figure = _figure(6.4)
     panel = figure.subplots()
     ends = []
     others = (way for way in drawn if way not in OURS and way != "floor")
     styles = {way: _style(number) for number, way in enumerate(others)}
     for way, points in drawn.items():
-        shown = [(size, time / floor.get(size, 1.0)) for size, time in points]
+        shown = [(size, time / floor.get(size, 1.0)) for size, time in points]  # all of them, or no floor
         panel.plot(*zip(*shown, strict=True), **(styles.get(way) or _own_style(way)))
         ends.append((shown[-1], way))
     panel.set_xscale("log", base=2)
@@ -190,6 +192,13 @@ def latency(stem: Path, lines: Mapping[str, Line], caption: str) -> list[Path]:
     key = {"tensorferry": OUR, "others": OTHER, "floor": FLOOR}
     _head(figure, "Round trip of one tensor between two processes; lower is better", said, key)
     return save(figure, stem, caption)
+
+
+def _at_sizes(points: Line, floor: Mapping[int, float]) -> Line:
+    """What is a multiple of the floor's, where there is a floor."""
+    if isinstance(points, str) or not floor:
+        return points
+    return [(size, time) for size, time in points if size in floor] or "not at a size of the floor"
 
 
 def _style(number: int) -> dict[str, Any]:

@@ -402,6 +402,26 @@ def test_pictures_say_what_failed_or_is_not_here_in_its_place(name: str, tmp_pat
         assert report.LACKING in picture.read_text()
 
 
+DRAW_LATENCY = """
+import sys
+from pathlib import Path
+import matplotlib
+from bench import figures
+matplotlib.rcParams["svg.fonttype"] = "none"
+lines = {"floor": [(4096, 10.0)], "shm": [(4096, 20.0), (1 << 20, 500.0)], "frames": [(1 << 20, 900.0)]}
+figures.latency(Path(sys.argv[1]), lines, "caption")
+"""
+
+
+def test_what_has_no_floor_is_no_multiple_of_it(tmp_path: Path) -> None:
+    """As where slices of several layouts are shown together."""
+    subprocess.run([sys.executable, "-c", DRAW_LATENCY, str(tmp_path / "latency")], cwd=ROOT, check=True)
+    picture = (tmp_path / "latency.svg").read_text()
+    assert "no line: tensorferry frames (copy on write) not at a size of the floor" in picture
+    assert "4 KiB" in picture
+    assert "1 MiB" not in picture
+
+
 def test_row_that_is_not_there_is_refused_with_those_that_are() -> None:
     refused = CliRunner().invoke(command, ["scale", "--rows", "leases,nonsense"])
     assert refused.exit_code == 2
