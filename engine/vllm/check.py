@@ -94,9 +94,14 @@ def _judged(process: Mapping[str, Any]) -> tuple[Literal["ok", "note", "problem"
         return "note", "So it is while models are loaded; later the logs of the others say why."
     if process["role"] == "front":
         unproved = sorted(name for name, how in peers.items() if not how.startswith("shm:"))
-        advice = [f"{name} does not map the ring: its tensors go vLLM's way." for name in unproved]
+        advice = [f"{name} does not map the ring: {_cost(name)}." for name in unproved]
     advice += [f"{reason}: {_REMEDIES.get(reason, 'see its log.')}" for reason in reasons]
     return "note" if advice else "ok", " ".join(advice)
+
+
+def _cost(name: str) -> str:
+    """What follows where a peer of that name does not map a front end's ring."""
+    return "what is handed on to it is copied" if name.startswith("worker") else "its tensors go vLLM's way"
 
 
 def _items(process: Mapping[str, Any], name: str) -> ItemsView[str, Any]:

@@ -172,6 +172,18 @@ def test_tensors_that_go_vllms_way_are_a_note_with_what_to_do(
     assert advice in line.advice
 
 
+def test_what_is_handed_on_to_a_worker_that_does_not_map_the_ring_is_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By its EngineCore, into a ring of its own: it does not go vLLM's way."""
+    vllm_of(monkeypatch, "0.25.1")
+    counts = Counts("front")
+    counts.save(now=True, peers={"engine0": "shm: proved", "worker-1-2": "not shm yet: it has not answered"})
+    line = found(f"front {os.getpid()}")
+    assert line.status == "note"
+    assert line.advice == "worker-1-2 does not map the ring: what is handed on to it is copied."
+
+
 def test_what_failed_in_a_process_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm_of(monkeypatch, "0.25.1")
     for _ in range(2):
