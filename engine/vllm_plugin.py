@@ -7,22 +7,20 @@ takes whatever arguments vLLM gives and hands them on as they came; what fails i
 (`engine/vllm/guard.py`).
 
 Hop 1: an `OOBTensorConsumer` on the encoder of an `MPClient` and a provider on its `EngineCoreProc`, which is
-how vLLM lets tensors go beside its messages. Hop 2: the executor's `MessageQueue` pickles a tensor as a call
-of `take` here. `engine/vllm/roles.py` says who keeps what alive meanwhile.
+how vLLM lets tensors go beside its messages. Hop 2: the executor's `MessageQueue` pickles tensors otherwise
+(`engine/vllm/pickling.py`). `engine/vllm/roles.py` says who keeps what alive meanwhile.
 """
 
 from __future__ import annotations
 
 import _thread
-import copyreg
 import functools
 import logging
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from enum import Enum
 from importlib import metadata
 from multiprocessing import util
@@ -30,9 +28,8 @@ from typing import Any
 
 import torch
 
-from engine.vllm import points
+from engine.vllm import pickling, points
 from engine.vllm.guard import Around, Harmless, pick
-from engine.vllm.mailbox import Key
 from engine.vllm.roles import Core, Front, Worker
 from engine.vllm.settings import Settings, settings_of, sweep
 from transport import RateLimit
@@ -41,9 +38,7 @@ _log = logging.getLogger("vllm.tensorferry")
 
 _READY_TIMEOUT = 3.0  # of the engines of this host, which have loaded their models already
 _core: Core | None = None
-_worker: Worker | None = None
 _fronts: weakref.WeakSet[Front] = weakref.WeakSet()
-_pickling = threading.local()  # .core: whose MessageQueue this thread is writing to
 
 
 def register() -> None:
@@ -292,7 +287,7 @@ def _meet(engine: Any, settings: Settings, addresses: list[str]) -> None:
     core = Core(settings, engine.engine_index, addresses, workers)
     if workers:
         with Harmless("the queue to the workers"):
-            _hook_queue(queue, core)
+            pickling.hook(queue, core)
     # It is linked from now on, and a decoder without a provider would not survive what front ends send.
     _core, engine.tensor_ipc_receiver = core, _Provider(core)
 
@@ -347,55 +342,6 @@ def _cache_what_is_whole(engine: Any, request: Any) -> None:
                 cache.get_and_update_features([feature])
 
 
-def _hook_queue(queue: Any, core: Core) -> None:
-    enqueue = queue.enqueue
-
-    @functools.wraps(enqueue)
-    def wrapped(*arguments: Any, **named: Any) -> Any:
-        with Around("the queue to the workers", lambda: _pickling_for(core)):
-            return enqueue(*arguments, **named)
-
-    queue.enqueue = wrapped
-
-
-@contextmanager
-def _pickling_for(core: Core) -> Iterator[None]:
-    """Until the end, this thread pickles tensors as calls of `take` where the workers have them."""
-    from vllm.distributed.device_communicators import shm_broadcast
-
-    core.measure()
-    _pickling.core = core
-    later = hasattr(shm_broadcast, "_reduce_tensor")
-    before: Any = shm_broadcast._reduce_tensor if later else copyreg.dispatch_table.get(torch.Tensor)
-    if later:
-        shm_broadcast._reduce_tensor = functools.partial(_reduce, before)
-    else:
-        copyreg.dispatch_table[torch.Tensor] = functools.partial(_reduce, before or _reduce_as_torch)
-    try:
-        yield
-    finally:
-        _pickling.core = None
-        if later:
-            shm_broadcast._reduce_tensor = before
-        elif before is None:
-            del copyreg.dispatch_table[torch.Tensor]
-        else:
-            copyreg.dispatch_table[torch.Tensor] = before
-
-
-def _reduce(original: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> Any:
-    core: Core | None = getattr(_pickling, "core", None)
-    handed = None
-    if core is not None:
-        with Harmless("a tensor for the workers"):
-            handed = core.hand_on(tensor)
-    return original(tensor) if handed is None else (take, handed)
-
-
-def _reduce_as_torch(tensor: torch.Tensor) -> Any:
-    return tensor.__reduce_ex__(5)  # type: ignore[no-untyped-call]
-
-
 # ---------------------------------------------------------------------- the workers
 
 
@@ -410,7 +356,6 @@ def _hook_worker() -> bool:
 
 
 def _worker_begins(original: Callable[..., Any], wrapper: Any, *arguments: Any, **named: Any) -> Any:
-    global _worker
     with Harmless("the worker"):
         config = wrapper.vllm_config
         settings = settings_of(config.additional_config)
@@ -418,15 +363,8 @@ def _worker_begins(original: Callable[..., Any], wrapper: Any, *arguments: Any, 
         inside = _core is not None and _core.pid == os.getpid()
         apart = not inside and parallel.distributed_executor_backend == "mp"
         if settings is not None and apart and _has_tensors(config):
-            _worker = Worker(settings, os.getppid())
+            pickling.worker = Worker(settings, os.getppid())
     return original(wrapper, *arguments, **named)
-
-
-def take(sender: str, key: Key) -> torch.Tensor:
-    """In a worker: the tensor that its EngineCore handed on. RuntimeError when it is gone."""
-    if _worker is None:
-        raise RuntimeError("tensorferry: this process is no worker with a link to its EngineCore")
-    return _worker.take(sender, key)
 
 
 # ---------------------------------------------------------------------- for people

@@ -61,6 +61,7 @@ RANKS: dict[str, list[set[str]]] = {
         {"vllm.guard", "vllm.points", "vllm.settings"},
         {"vllm.counts", "vllm.mailbox"},
         {"vllm.check", "vllm.roles"},
+        {"vllm.pickling"},
         {"vllm_plugin"},
         {"doctor", "environment", "huggingface", "output", "protocol", "report", "sweep"},
         {"catalog"},
@@ -101,6 +102,7 @@ MORE_LIBRARIES = {
     "engine.doctor": {"zmq"},  # its version, and that of the library in it
     "engine.huggingface": {"transformers"},
     "engine.vllm.counts": {"prometheus_client"},  # where vLLM is, it is
+    "engine.vllm.pickling": {"vllm"},
     "engine.vllm_plugin": {"vllm", "zmq"},
     "shm.columns": {"numpy"},
     "shm.ledger": {"numpy"},

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from engine import vllm_plugin
-from engine.vllm import guard, points
+from engine.vllm import guard, pickling, points
 from engine.vllm.mailbox import Key
 from engine.vllm.roles import Core, Front
 from tests.engine.test_vllm_roles import ENGINE, image, linked
@@ -326,7 +326,7 @@ def test_what_fails_at_the_queue_leaves_tensors_to_vllm(
     broadcast._reduce_tensor = lambda tensor: (str, ("vLLM's",))  # type: ignore[attr-defined]
     original = Calls(lambda: broadcast._reduce_tensor(image()))
     queue = types.SimpleNamespace(enqueue=original)
-    vllm_plugin._hook_queue(queue, Failing(measures=measures))
+    pickling.hook(queue, Failing(measures=measures))
     assert [queue.enqueue("step", timeout=1) for _ in range(2)] == 2 * [(str, ("vLLM's",))]
     assert original.calls == 2 * [(("step",), {"timeout": 1})]
     (line,) = tracebacks(caplog)

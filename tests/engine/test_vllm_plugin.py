@@ -20,7 +20,7 @@ import torch
 import shm
 import transport
 from engine import vllm_plugin
-from engine.vllm import check
+from engine.vllm import check, pickling
 from engine.vllm.roles import Core, Front
 from engine.vllm.settings import front_address, settings_of
 from tests.engine.processes import ROOT, ran
@@ -202,9 +202,9 @@ def test_tensors_are_pickled_otherwise_only_while_a_queue_is_written(
         def hand_on(self, tensor: torch.Tensor) -> tuple[str, tuple[str, int, int]] | None:
             return ("engine0", ("front-1", 1, 7)) if tensor.numel() > 1 else None
 
-    with vllm_plugin._pickling_for(Handing()):
+    with pickling.as_calls(Handing()):
         reduce: Any = copyreg.dispatch_table[torch.Tensor]
-        assert reduce(torch.zeros(2)) == (vllm_plugin.take, ("engine0", ("front-1", 1, 7)))
+        assert reduce(torch.zeros(2)) == (pickling.take, ("engine0", ("front-1", 1, 7)))
         small = reduce(torch.zeros(1))
     assert small == (str, ("before",)) if before else small[0] is torch._utils._rebuild_tensor_v2
     assert copyreg.dispatch_table.get(torch.Tensor) is before
@@ -212,7 +212,7 @@ def test_tensors_are_pickled_otherwise_only_while_a_queue_is_written(
 
 def test_no_worker_takes_nothing() -> None:
     with pytest.raises(RuntimeError, match="no worker"):
-        vllm_plugin.take("engine0", ("front-1", 1, 1))
+        pickling.take("engine0", ("front-1", 1, 1))
 
 
 def test_doctor_says_that_there_is_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
