@@ -47,7 +47,6 @@ _DRAIN = 64
 _READ_AT_AN_END = 64  # rounds
 _PUMP_MAY_TAKE = 10.0
 _CLOSE_MAY_TAKE = 1.0  # seconds beside `linger`
-_GOODBYE_MAY_TAKE = 0.1  # seconds for it to go out, where `linger` is over
 _LAST_WORDS = 2  # messages: an acknowledgement and the goodbye
 
 
@@ -122,8 +121,7 @@ class Exchange:
             self._finish(link, "was left: this endpoint closed")
 
     def _close_wire(self, deadline: float) -> None:
-        least = min(self.config.linger, _GOODBYE_MAY_TAKE)
-        self.wire.close(max(least, deadline - time.monotonic()))
+        self.wire.close(deadline - time.monotonic())
 
     def _await_readers(self, deadline: float) -> None:
         """Until what no peer has taken yet can all lie at its side.

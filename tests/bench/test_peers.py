@@ -169,11 +169,14 @@ def test_vllm_that_goes_over_from_its_queue_to_the_socket_is_a_wrong_answer(shor
 
 @contextlib.contextmanager
 def closing_sockets(*ends: Any) -> Iterator[None]:
-    """The sockets of vLLM's ends are closed in the end, whatever waits in them, and their context."""
+    """The sockets of vLLM's ends are closed in the end, and their context.
+
+    What waits in them has a second: without, libzmq ends the process where a connection breaks meanwhile.
+    """
     try:
         yield
     finally:
         for end in ends:
-            end._socket.close(linger=0)
-            end._back.close(linger=0)
+            end._socket.close(linger=1000)
+            end._back.close(linger=1000)
         zmq.Context.instance().term()
