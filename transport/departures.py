@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 
 from transport.backends.base import Inbound, Outbound
 from transport.link import Link
 from transport.roster import Roster
+from transport.waiting import Lasting
 from transport.wire import Wire
 
 _LOOK_EVERY = 0.5
@@ -21,13 +21,12 @@ _CONNECTION_OUTLIVES_PEER = 0.3  # seconds in which one looked and found nothing
 _SUSPECT_FOR, _SUSPECT_NAP = 1.0, 0.01
 
 
-@dataclass
-class _Silence:
-    """Of a dead peer: the number that came last, when one looked for more, and for how many seconds."""
+class _Silence(Lasting):
+    """That of a dead peer after the last number that came. zmq's thread may have been stopped, too."""
 
-    arrived: int
-    looked: float
-    lasted: float = 0.0
+    def __init__(self, arrived: int) -> None:
+        super().__init__(_LOOK_AT_THE_DEAD_EVERY)
+        self.arrived = arrived
 
 
 class Departures:
@@ -93,17 +92,12 @@ class Departures:
     def is_silent(self, link: Link) -> bool:
         """Whether a dead peer's connection has brought nothing for so long that no more will come."""
         self._read_all()
-        now = time.monotonic()
         silence = self._silences.get(link.peer.link)
         if silence is None or link.arrived != silence.arrived:  # zmq reads on as it is emptied
-            silence = _Silence(link.arrived, looked=now)
-        else:
-            # Nobody looked for longer: zmq's thread may have been stopped, too, with more to read.
-            silence.lasted += min(now - silence.looked, _LOOK_AT_THE_DEAD_EVERY)
-            silence.looked = now
+            silence = _Silence(link.arrived)
         if not link.ended:
             self._silences[link.peer.link] = silence
-        return silence.lasted > _CONNECTION_OUTLIVES_PEER
+        return silence.look(time.monotonic()) > _CONNECTION_OUTLIVES_PEER
 
     def forget(self, link: Link) -> None:
         """A link has ended."""

@@ -33,6 +33,32 @@ def attempts(timeout: float, poll: Poll) -> Iterator[bool]:
         nap = min(2 * nap, _LONGEST_NAP)
 
 
+class Lasting:
+    """For how many seconds something lasts, as far as one looked: at most `most` from one look to the next.
+
+    A process that was stopped goes on where it was. What it finds then says nothing of the time between: what
+    others sent meanwhile may still be unread.
+    """
+
+    __slots__ = ("_looked", "_most", "_seconds")
+
+    def __init__(self, most: float) -> None:
+        self._most = most
+        self._seconds = 0.0
+        self._looked: float | None = None  # None: it does not last
+
+    def look(self, now: float) -> float:
+        """It lasts; for how long by now, 0 at the first look."""
+        if self._looked is not None:
+            self._seconds += min(now - self._looked, self._most)
+        self._looked = now
+        return self._seconds
+
+    def end(self) -> None:
+        """It lasts no longer; the next look is the first one."""
+        self._seconds, self._looked = 0.0, None
+
+
 class Wait:
     """The poll of one wait: calls `tell(seconds)` once it has lasted `patience` seconds, then every 30 s.
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+import struct
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,9 +17,15 @@ from hypothesis import strategies as st
 
 from transport import TransportConfig
 from transport.backends.base import Bytes, Peer
+from transport.backends.shm import ShmOutbound
 from transport.bulk.cargo import Cargo
+from transport.bulk.channel import Channel
+from transport.bulk.connection import Connection
+from transport.bulk.crossing import Crossing
 from transport.bulk.frames import CHUNK_BYTES, Checksum, Damaged, Frame, Kind, checksum, decode, encode
 from transport.bulk.landing import Landing
+from transport.bulk.lodging import Guest, Host
+from transport.bulk.neighbours import Neighbours
 from transport.bulk.transfer import Incoming, Outgoing
 from transport.errors import Full, TooLarge
 from transport.sources import Progress, Source
@@ -264,3 +274,56 @@ class TestLanding:
         assert "beside it 65536 bytes are held" in why
         del held
         assert isinstance(where.place(again, [1 << 19]), list)
+
+
+class TestStopped:
+    """A process that was stopped, and finds that much time has passed, has not looked for as long."""
+
+    @pytest.fixture
+    def neighbours(self) -> Iterator[Neighbours]:
+        config = TransportConfig(ring_bytes=1 << 20)
+        ring, guest = ShmOutbound(config), Guest(config)
+        yield Neighbours(Host(ring), guest)
+        guest.close()
+        ring.close()
+
+    @pytest.fixture
+    def channel(self, neighbours: Neighbours) -> Channel:
+        """One with a connection on which nothing comes."""
+        channel = Channel(FIRST, TransportConfig(), landing(Room(1 << 20)), lambda: None, neighbours)
+        silent = SimpleNamespace(sent=0, received=0, sending=False)
+        silent.post = silent.close = lambda *_: None
+        channel.attach(cast(Connection, silent))
+        return channel
+
+    @pytest.mark.parametrize(("seconds", "least"), [(0.1, 10), (0.01, 100), (60.0, 10)])
+    def test_what_a_link_that_ended_still_brings_is_waited_for(
+        self, channel: Channel, seconds: float, least: int
+    ) -> None:
+        channel.arriving.arrived(Frame(Kind.ANNOUNCE, 1), struct.pack("<Q", 5000))
+        channel.end()
+        assert least <= looks(seconds, channel.tick, lambda: channel.over) <= least + 3
+
+    def test_a_lost_connection_has_time_to_be_made_again(self, channel: Channel) -> None:
+        channel.detach("cut")
+        assert looks(60.0, channel.tick, lambda: channel.over) >= 40  # of half a second, for 20 seconds
+        assert channel.fault == "the bulk connection is lost for 20 s"
+
+    def test_a_leader_that_had_no_time_to_take_anything_is_not_slow(
+        self, channel: Channel, neighbours: Neighbours
+    ) -> None:
+        leader, follower = (Outgoing(number, Cargo([np.zeros(9, np.uint8)])) for number in (1, 2))
+        crossing = Crossing(channel, leader, [(channel, follower)], lambda *_: None)
+        neighbours.begin(crossing)
+        assert looks(60.0, neighbours.look, lambda: channel.slow) >= 4
+        assert not follower.behind
+
+
+def looks(seconds: float, look: Callable[[float], object], until: Callable[[], bool]) -> int:
+    """How many looks it takes, with so many seconds between two."""
+    began = time.monotonic()
+    for number in range(1000):
+        if until():
+            return number
+        look(began + number * seconds)
+    raise AssertionError("never")

@@ -5,7 +5,6 @@ Everything happens in the hub's thread, except where it says otherwise.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
 
@@ -18,8 +17,10 @@ from transport.bulk.lodging import MOST_NEIGHBOURS
 from transport.bulk.neighbours import INTRODUCTIONS, Neighbours
 from transport.bulk.transfer import Outgoing
 from transport.config import TransportConfig
+from transport.waiting import Lasting
 
 _STILL_COMING = 1.0  # seconds without a byte after which a link that ended has nothing more to come
+_LOOK_EVERY, _LOOK_AT_THE_LOST_EVERY, _LOOK_AT_THE_END_EVERY = 1.0, 0.5, 0.1
 _DAMAGES = 5  # connections in a row that brought no whole chunk
 
 
@@ -57,8 +58,9 @@ class Channel:
         self._numbers = 0  # given out; under the hub's lock
         self._last = 0  # the number of the last transfer that was started
         self._scratch = bytearray()
-        self._lost_at = self._last_byte = time.monotonic()
-        self._owing_since: float | None = None
+        self._lost = Lasting(_LOOK_AT_THE_LOST_EVERY)  # the connection
+        self._owing = Lasting(_LOOK_EVERY)  # the other host owes an acknowledgement
+        self._silence = Lasting(_LOOK_AT_THE_END_EVERY)  # of a link that ended
         self._damages = self._received = self._sent_before = 0
 
     # ------------------------------------------------------------------ for any thread
@@ -109,7 +111,7 @@ class Channel:
         self.connection.close()
         self.connection = None
         self.arriving.step_back()
-        self._lost_at = time.monotonic()
+        self._lost.end()
         self._streaming.clear()
         self._let_go()
         self._neighbours.introductions.lost(self)
@@ -129,7 +131,7 @@ class Channel:
         self.arriving.step_back()
         self._drop_outgoing()
         self._streaming.clear()
-        self._last_byte = time.monotonic()
+        self._silence.end()
         if self.connection is None or not self.arriving.waits:
             self._finish("the link ended")
 
@@ -295,35 +297,35 @@ class Channel:
         if self.connection is None:
             if not self.opened:
                 return None
-            if now - self._lost_at > self._config.tcp_timeout:
+            if self._lost.look(now) > self._config.tcp_timeout:
                 self.fail(f"the bulk connection is lost for {self._config.tcp_timeout:g} s")
                 return None
-            return 0.5
+            return _LOOK_AT_THE_LOST_EVERY
         wait = self.arriving.tick(now)
         owed = self._check_silence(self.connection, now)
         if not (owed or self._outgoing or self.arriving.waits):
             return wait  # keepalive looks after it, and the kernel tells
-        return 1.0 if wait is None else min(wait, 1.0)
+        return _LOOK_EVERY if wait is None else min(wait, _LOOK_EVERY)
 
     def _check_silence(self, connection: Connection, now: float) -> bool:
         """Whether the other host owes an acknowledgement, if only of a word; `Lost` when it is gone."""
         silent = connection.silent_for()
         if not silent:
-            self._owing_since = None
+            self._owing.end()
             return silent is not None
-        self._owing_since = self._owing_since if self._owing_since is not None else now
-        if min(silent, now - self._owing_since) > self._config.tcp_timeout:
+        if min(silent, self._owing.look(now)) > self._config.tcp_timeout:
             raise Lost(f"the other host acknowledged nothing for {silent:.0f} s")
         return True
 
     def _tick_at_the_end(self, now: float) -> float | None:
         connection = self.connection
         if connection is not None and connection.received != self._received:
-            self._received, self._last_byte = connection.received, now
-        if now - self._last_byte > _STILL_COMING or not self.arriving.waits:
+            self._received = connection.received
+            self._silence.end()
+        if self._silence.look(now) > _STILL_COMING or not self.arriving.waits:
             self._finish("the link ended")
             return None
-        return 0.1
+        return _LOOK_AT_THE_END_EVERY
 
 
 def _settled(outgoing: Outgoing) -> None:

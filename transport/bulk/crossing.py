@@ -22,10 +22,12 @@ from transport.backends.base import Peer
 from transport.bulk.frames import Frame, Kind
 from transport.bulk.lodging import MOST_NEIGHBOURS
 from transport.bulk.transfer import Outgoing
+from transport.waiting import Lasting
 
 WORTH_SHARING = 256 << 10  # bytes; less is there sooner by itself
 _UNKNOWN = object()  # of a pair that was not introduced yet
 _PATIENCE = 1.0  # seconds in which the leader takes nothing, after which the others get it for themselves
+LOOK_EVERY = 0.25
 
 
 class Line(Protocol):
@@ -73,7 +75,7 @@ class Crossing:
         self._leader = leader
         self._places = b""
         self._step = -1
-        self._since = 0.0
+        self._standing = Lasting(LOOK_EVERY)  # the leader
         leader.crossing = self
         leader.neighbours = [follower.peer.link for follower, _ in followers]
         for _, outgoing in followers:
@@ -133,8 +135,9 @@ class Crossing:
     def look(self, now: float) -> None:
         """Do without a leader that takes nothing."""
         if self._channel.sent != self._step or self._leader.writing:
-            self._step, self._since = self._channel.sent, now
-        elif not self._leader.landed and now - self._since > _PATIENCE:
+            self._step = self._channel.sent
+            self._standing.end()
+        if self._standing.look(now) > _PATIENCE and not self._leader.landed:
             self._channel.slow = True
             self._give_up()
 

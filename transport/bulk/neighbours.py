@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transport.bulk.crossing import Crossing, Introductions, Line
+from transport.bulk.crossing import LOOK_EVERY, Crossing, Introductions, Line
 from transport.bulk.frames import Frame, Kind
 from transport.bulk.lodging import Guest, Host
 
@@ -47,7 +47,7 @@ class Neighbours:
             crossing.look(now)
         self._crossed += sum(crossing.crossed for crossing in self._crossings if crossing.over)
         self._crossings = [crossing for crossing in self._crossings if not crossing.over]
-        return [0.25] if self._crossings else []
+        return [LOOK_EVERY] if self._crossings else []
 
     def take(self, channel: Line, frame: Frame, body: bytes) -> None:
         """A frame of an introduction."""
