@@ -79,12 +79,15 @@ class Mailbox:
         begun = time.monotonic()
         with self._came:
             while (arrival := self._pop(sender, key)) is None:
+                now = time.monotonic()
                 patience = min(timeout, max(0.0, self._refused - begun) + _REFUSED_FOR)
-                left = begun + patience - time.monotonic()
+                left = begun + patience - now
                 why = self._why_lost(sender, key) or ("" if left > 0 else f"in {patience:.3g} s")
                 if why:
                     raise LookupError(f"{what} {why}: {self._account(sender)}")
-                self._came.wait(left)
+                self._came.wait(min(left, _LOOK))
+                # A process that was stopped did not wait meanwhile: what came is still to be taken.
+                begun += max(0.0, time.monotonic() - now - _LOOK)
             return arrival
 
     def dial(self, address: str, done: Callable[[str], None] = lambda _: None) -> None:
