@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zlib
@@ -37,7 +38,7 @@ from transport import PeerGone, ProtocolError, Timeout, TransportConfig
 WAIT = 40.0  # seconds; only a failure takes as long
 PEERS = ("worker", "next")
 _TURN = 0.05
-_SETTLE = 1.0
+_LOOKS, _NAP = 500, 0.002
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["tests.crash.harness"])
 
@@ -93,6 +94,24 @@ def until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.002)
 
 
+def others_sleep() -> bool:
+    """Whether no other thread of this process has anything to do: zmq's, which sends, has sent."""
+    own = str(threading.get_native_id())
+    states = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            states += [(task / "stat").read_text().rpartition(")")[2].split()[0]] if task.name != own else []
+    return set(states) <= {"S"}
+
+
+def is_stuffed(send: Callable[[], bool]) -> bool:
+    """Whether nothing more can be queued, however long one waits: all buffers on the way are full, too."""
+    for _ in range(100_000):
+        if not send():
+            return others_sleep() and not send()
+    raise AssertionError("there is no end to what is queued")
+
+
 def pattern(number: int, nbytes: int) -> Bytes:
     """Bytes that differ from those of any other number and from place to place, uint8 [nbytes]."""
     words = np.arange(-(-nbytes // 8), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -115,11 +134,24 @@ def segments_of(pids: Collection[int]) -> list[str]:
     return found
 
 
+def unlocked(pids: Collection[int]) -> None:
+    """Wait until the locks of these processes, all dead, are free.
+
+    A lock outlives its owner while anybody reads the owner's /proc entries, as the tests beside this one do.
+    """
+
+    def is_locked(name: str) -> bool:
+        with suppress(shm.SegmentMissing):
+            return shm.describe(name).alive
+        return False
+
+    until(lambda: not any(map(is_locked, segments_of(pids))), "the locks of the dead are free")
+
+
 def left_by(pids: Collection[int]) -> list[str]:
     """The segments of these processes, all dead, that sweeps leave for good.
 
-    The first sweep may leave one: its owner's lock outlives it while anybody reads the owner's /proc entries,
-    as the tests beside this one do, and another's sweep may have the segment in its hands.
+    The first sweep may leave one, as `unlocked` says, and another's sweep may have it in its hands.
     """
     deadline = time.monotonic() + WAIT
     while True:
@@ -203,11 +235,15 @@ class Stage:
         (self.path / "done").touch()
 
     def descriptors(self, role: str, moment: str) -> int:
-        """How many this process has open, given a second for those of who has just died."""
+        """How many this process has open, given a second for those of who has just died.
+
+        By looks: while this process stands still, its threads close nothing.
+        """
         allowed = self.allowed.get(role, {}).get(moment, sys.maxsize)
-        deadline = time.monotonic() + _SETTLE
-        while (count := len(os.listdir("/proc/self/fd"))) > allowed and time.monotonic() < deadline:
-            time.sleep(0.002)
+        for _ in range(_LOOKS):
+            if (count := len(os.listdir("/proc/self/fd"))) <= allowed:
+                break
+            time.sleep(_NAP)
         return count
 
     def report(self, role: str, text: Mapping[str, object]) -> None:

@@ -22,6 +22,7 @@ from tests.crash.harness import (
     perform,
     segments_of,
     start,
+    unlocked,
 )
 
 _RUNS_PER_EVENT = 3  # a run may have fewer steps of a kind than the one they were counted in
@@ -95,6 +96,7 @@ def play(
                     killed = True
                     if not stage.done:
                         restarted = True
+                        unlocked({processes[victim].pid or 0})  # so that the next start sweeps its ring
                         finish(processes[victim])
                         processes[victim] = start(perform, victim, cast[victim], stage)
                         pids.add(processes[victim].pid or 0)

@@ -8,11 +8,9 @@ import mmap
 import os
 import resource
 import signal
-import socket
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,16 +26,21 @@ from tests.crash.harness import (
     SCRIPT,
     WAIT,
     Kill,
+    Report,
     Stage,
+    Steps,
     config,
     digest,
     finish,
     folder,
+    others_sleep,
     pattern,
     perform,
+    play_peer,
     running,
     segments_of,
     start,
+    unlocked,
     until,
 )
 from tests.crash.plays import play
@@ -139,10 +142,25 @@ def have_a_ring(path: str) -> None:
         signal.pause()
 
 
-def perform_in_group(role: str, stage: Stage, group: int) -> None:
+class Waiting(Steps):
+    """A trace that waits to be killed once there is a record in the ring."""
+
+    def __call__(self, event: str, now: int, fields: Mapping[str, object]) -> None:
+        super().__call__(event, now, fields)
+        if event == "ring.commit":
+            signal.pause()
+
+
+def wait_with_a_ring(stage: Stage, report: Report) -> None:
+    """A worker that never answers out of its ring: the play goes on until its end."""
+    report.steps = Waiting()
+    play_peer("worker", stage, report)
+
+
+def perform_in_group(name: str, stage: Stage, group: int) -> None:
     """A role of the play in the process group of the front, as in a container."""
     os.setpgid(0, group)
-    perform(role, CAST[role], stage)
+    perform(name, wait_with_a_ring if name == "worker" else CAST[name], stage)
 
 
 def test_a_whole_process_group_killed_like_a_container() -> None:
@@ -164,6 +182,7 @@ def test_a_whole_process_group_killed_like_a_container() -> None:
             for process in cast:
                 finish(process)
         assert len(segments_of(pids)) == 2
+        unlocked(pids)
         again = [start(perform, name, role, stage) for name, role in CAST.items()]
         try:
             until(lambda: stage.done, "the next start works")
@@ -183,6 +202,7 @@ def test_a_start_that_makes_no_ring_removes_those_of_the_dead(backend: str) -> N
         owner.kill()
         owner.join(WAIT)
         assert segments_of({owner.pid or 0})
+        unlocked({owner.pid or 0})
         with transport.listen(Stage(path).address("front"), config=config(backend=backend)):
             assert not segments_of({owner.pid or 0})
 
@@ -222,6 +242,7 @@ def test_a_failed_send_gives_its_loan_back_at_once(backend: str, others: tuple[s
                 os.kill(peer.pid, signal.SIGCONT)
             peer.kill()
             until(lambda: "peer" in front.statistics()["left"], "the dead is named")
+        until(lambda: not live(front.statistics()["backend"]), "the space of the dead comes back")
         with pytest.raises(PeerGone):
             send_loan(front, ["peer", *others])
         assert live(front.statistics()["backend"]) == 0
@@ -361,10 +382,15 @@ def adopting() -> Iterator[None]:
 
 
 def lasting_fork() -> int:
-    """A forked child that inherits all and only sleeps; its pid."""
+    """A forked child that inherits all and only sleeps; its pid, once it has done what a fork has it do."""
+    forked, tell = os.pipe()
     child = os.fork()
     if not child:
+        os.write(tell, b"!")
         signal.pause()
+    assert os.read(forked, 1) == b"!"
+    os.close(forked)
+    os.close(tell)
     return child
 
 
@@ -449,18 +475,13 @@ def test_without_a_lock_a_process_whose_child_lives_on(kind: str, address: str) 
                     os.waitpid(child, 0)
 
 
-def others_sleep() -> bool:
-    """Whether no other thread of this process has anything to do: zmq's, which sends, has sent."""
-    own = str(threading.get_native_id())
-    stats = [task / "stat" for task in Path("/proc/self/task").iterdir() if task.name != own]
-    return all(stat.read_text().rpartition(")")[2].split()[0] == "S" for stat in stats)
-
-
 def send_many_with_child(address: str, note: Path, messages: int, backend: str) -> None:
     """Sends at once what its peer takes its time for, has a child that keeps the connection, and waits."""
     settings = config(backend=backend, max_queued_messages=messages)
     with transport.connect(address, name="peer", config=settings, timeout=WAIT) as endpoint:
         child = lasting_c_fork()
+        if backend == "shm":  # so that there is a lock to ask, too
+            endpoint.receive(timeout=WAIT)
         for number in range(messages):
             endpoint.send({"number": number}, to="front")
         until(others_sleep, "the kernel, which alone keeps it, has all of it")
@@ -481,7 +502,7 @@ def test_what_had_come_of_the_dead_is_received_though_a_child_keeps_the_connecti
         note = path / "child"
         with running(send_many_with_child, front.addresses[0], note, messages, backend) as peer:
             front.wait_for_peers({"peer"}, timeout=WAIT)
-            if backend == "shm":  # so that there is a lock to ask, too
+            if backend == "shm":
                 front.send({"bytes": pattern(1, 100_000)}, to="peer")
             until(lambda: note.exists() and note.read_text(), "all is sent")
             child = int(note.read_text())
@@ -529,9 +550,10 @@ def test_what_had_come_of_the_dead_is_received_though_its_successor_greets() -> 
             assert [peer.pid for peer in front.peers] == [second.pid]
 
 
-def listen_with_child(address: str, note: Path) -> None:
-    """A listener that has a child and then waits to be killed."""
+def listen_with_child(address: str, listens: Path, note: Path) -> None:
+    """A listener that says where it listens, has a child and then waits to be killed."""
     with transport.listen(address, config=config()) as endpoint:
+        listens.write_text(endpoint.addresses[0])
         endpoint.wait_for_peers({"peer"}, timeout=WAIT)
         note.write_text(str(lasting_fork()))
         endpoint.receive(timeout=WAIT)
@@ -541,30 +563,25 @@ def listen_with_child(address: str, note: Path) -> None:
 def test_the_address_of_a_listener_whose_child_lives_on(scheme: str) -> None:
     """Its successor listens there at once: the child has closed the socket."""
     with folder() as path, adopting():
-        address = Stage(path).address("front") if scheme == "ipc" else f"tcp://127.0.0.1:{free_port()}"
-        with (
-            running(listen_with_child, address, path / "child") as listener,
-            transport.connect(address, name="peer", config=config(), timeout=WAIT) as peer,
-        ):
-            until(lambda: (path / "child").exists() and (path / "child").read_text(), "there is a child")
-            child = int((path / "child").read_text())
-            try:
-                listener.kill()
-                with pytest.raises(PeerGone):
-                    peer.receive(timeout=WAIT)
-                listener.join(WAIT)  # the kernel closes one socket after the other
-                with transport.listen(address, config=config()) as successor:
-                    assert successor.addresses == [address]
-                os.kill(child, 0)  # it lives
-            finally:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        listens, note = path / "listens", path / "child"
+        where = Stage(path).address("front") if scheme == "ipc" else "tcp://127.0.0.1:0"
+        with running(listen_with_child, where, listens, note) as listener:
+            until(lambda: listens.exists() and listens.read_text(), "it listens")
+            address = listens.read_text()
+            with transport.connect(address, name="peer", config=config(), timeout=WAIT) as peer:
+                until(lambda: note.exists() and note.read_text(), "there is a child")
+                child = int(note.read_text())
+                try:
+                    listener.kill()
+                    with pytest.raises(PeerGone):
+                        peer.receive(timeout=WAIT)
+                    listener.join(WAIT)  # the kernel closes one socket after the other
+                    with transport.listen(address, config=config()) as successor:
+                        assert successor.addresses == [address]
+                    os.kill(child, 0)  # it lives
+                finally:
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
 
 
 def test_a_forked_child_killed_takes_nothing_along() -> None:

@@ -155,6 +155,7 @@ def the_space_of_the_dead_comes_back() -> bool:
             assert writer.look() == 0
             process.kill()
             process.join()
+        until(lambda: not is_held(writer._segment.fd, 1 + offer.column), "the kernel has freed its lock")
         writer.reap()
         return writer.look() == 1
     finally:
