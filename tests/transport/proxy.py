@@ -13,13 +13,14 @@ _TURN = 64 << 10
 
 
 class Proxy:
-    """Forwards every connection to it to `port` of this host, in a thread.
+    """Forwards every connection to it to the port `to` of this host, in a thread.
 
     cuts, flips: after how many bytes, counted over all that was forwarded both ways, to close every
     connection, or to turn a bit over. stalled: forward nothing. closed: refuse what comes.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self) -> None:
+        self.to = 0
         self.cuts: list[int] = []
         self.flips: list[int] = []
         self.stalled = threading.Event()
@@ -28,7 +29,6 @@ class Proxy:
         self.connections = 0
         self.seen = bytearray()
         self.watching = False
-        self._to = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._pairs: dict[socket.socket, socket.socket] = {}
@@ -62,7 +62,7 @@ class Proxy:
         if self.closed.is_set():
             near.close()
             return
-        far = socket.create_connection(("127.0.0.1", self._to))
+        far = socket.create_connection(("127.0.0.1", self.to))
         self.connections += 1
         self._pairs |= {near: far, far: near}
         for end in (near, far):

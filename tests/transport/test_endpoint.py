@@ -19,7 +19,7 @@ import pytest
 
 import transport
 from tests.crash.harness import running
-from transport.conformance import WAIT, Pumped, acknowledged, digest, joined, noise, same, serving
+from transport.conformance import WAIT, Pumped, acknowledged, digest, joined, left, noise, same, serving
 
 FRAMES = transport.TransportConfig(backend="frames", timeout=WAIT)
 
@@ -503,6 +503,7 @@ def test_who_closes_waits_until_what_it_sent_can_be_read(address: str, scheme: s
             leaving.result(WAIT)
         assert came == list(range(messages))
         assert front.try_receive() is None
+        left(front)
         assert front.statistics()["left"] == {"near": "said goodbye"}
 
 
@@ -569,8 +570,14 @@ def test_an_interrupted_close_gives_everything_back(address: str, short_path: Pa
         front.wait_for_peers({"near"}, timeout=WAIT)
         for _ in range(200):
             front.send({"x": noise(100_000)})
+        wait = front._exchange.wire.wait
+
+        def interrupted(timeout: float) -> None:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)  # not before it waits: else nothing would be closed
+            wait(timeout)
+
+        front._exchange.wire.wait = interrupted  # type: ignore[method-assign]
         signal.signal(signal.SIGALRM, signal.default_int_handler)
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
         try:
             with pytest.raises(KeyboardInterrupt):
                 front.close()

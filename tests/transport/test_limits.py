@@ -254,9 +254,8 @@ def test_who_does_not_answer_an_offer_delays_one_message_and_gets_one_offer(addr
         }
         for _ in range(12):
             assert same(near.receive().body["x"], noise(100_000))
-        near.try_receive()  # answers
-        front.statistics()
-        near.try_receive()
+        while "proved" not in front.peers[0].backend:  # the suite's timeout is the limit
+            near.try_receive()  # answers
         front.send({"x": noise(100_000)})
         assert front.statistics()["backend"]["nbytes"]["shm"] == 100_000
         near.receive()

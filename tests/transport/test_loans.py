@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 
 import shm
 import transport
+from tests.crash.harness import until
 from transport.backends.shm import ShmOutbound
 from transport.conformance import WAIT, Pumped, digest, joined, noise, same, serving
 
@@ -220,7 +220,7 @@ def test_a_peer_that_maps_the_ring_gets_the_handle(
         far.next()
         far.stop()
         far_endpoint.connect(relay_address, timeout=WAIT)  # relay is pumped by its thread
-        relay.wait_for_peers({"far"}, timeout=WAIT)
+        until(lambda: reads_rings(relay, "far"), "it is known what far maps")
         far = Pumped(far_endpoint)
 
         front.send({"x": noise(MIB, 2)}, to="near")
@@ -240,6 +240,12 @@ def test_a_peer_that_maps_the_ring_gets_the_handle(
         del came
         far.stop()
         assert drained(front, near).live == 0
+
+
+def reads_rings(endpoint: transport.Endpoint, name: str) -> bool:
+    """Whether a peer has said that it maps rings, which it does by itself."""
+    link = endpoint._exchange.roster.named(name)
+    return link is not None and bool(link.stores)
 
 
 def came_again(front: transport.Endpoint, near: Pumped) -> transport.Message:
@@ -298,16 +304,12 @@ def test_a_peer_that_lost_the_ring_gets_the_bytes(
         far.next()
         far.stop()
         far_endpoint.connect(f"ipc://{short_path}/relay.sock", timeout=WAIT)
+        until(lambda: reads_rings(near.endpoint, "far"), "it is known what far maps")
         far = Pumped(far_endpoint)
         front.send({"x": noise(MIB, 2)}, to="near")
         message = near.next()
         front.close()
-        link = near.endpoint._exchange.roster.named("far")
-        assert link is not None
-        deadline = time.monotonic() + WAIT
-        while link.stores:  # far says that it reads no ring any more
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        until(lambda: not reads_rings(near.endpoint, "far"), "far says that it reads no ring any more")
         near.endpoint.forward(message, to="far")
         assert same(far.next().body["x"], noise(MIB, 2))
         del message
@@ -328,6 +330,4 @@ def test_a_forwarder_that_dies_costs_no_more_than_its_message(front: transport.E
         assert front.receive().body == digest(noise(MIB))
         process.kill()
         process.join(WAIT)
-        with pytest.raises(transport.Timeout):
-            front.receive(timeout=0.3)
-    assert ring(front).live == 0
+        until(lambda: ring(front).live == 0, "its space comes back")

@@ -175,7 +175,8 @@ def test_a_leader_that_takes_nothing_does_not_keep_the_others_waiting() -> None:
         again.stop()
 
 
-def test_the_first_payload_waits_for_the_proof_and_crosses_once() -> None:
+def test_the_first_payload_waits_for_the_proof_and_crosses_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transport.bulk.crossing._PATIENCE", 1000.0)
     with three(window=4 * MIB, met=False) as (front, peers, _):
         for name, peer in zip(NAMES, peers, strict=True):
             front.send({"value": noise(MIB, 7)}, to=name)

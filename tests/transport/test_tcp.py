@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import secrets
 import socket
 import threading
@@ -20,6 +21,7 @@ import pytest
 import shm
 import transport
 from tests import leaks
+from tests.crash.harness import left_by
 from tests.transport.proxy import Proxy
 from transport import Full, PeerGone, Timeout, TransportConfig
 from transport.backends.base import Bytes, Peer, Refusal
@@ -65,13 +67,14 @@ def hub_of(endpoint: transport.Endpoint) -> Hub:
 def proxied(front: transport.Endpoint) -> Iterator[Proxy]:
     """A proxy that the peers of `front` are told to dial instead."""
     hub = hub_of(front)
-    listener = socket.create_server(("127.0.0.1", 0))
-    free: int = listener.getsockname()[1]
-    listener.close()
-    hub._config = dataclasses.replace(hub._config, tcp_port=free)
     expect = hub.expect
-    with Proxy(free) as proxy:
-        hub.expect = lambda peer, host: (proxy.port, expect(peer, host)[1])  # type: ignore[method-assign]
+    with Proxy() as proxy:
+
+        def behind(peer: Peer, host: str) -> tuple[int, bytes]:
+            proxy.to, token = expect(peer, host)
+            return proxy.port, token
+
+        hub.expect = behind  # type: ignore[method-assign]
         yield proxy
 
 
@@ -135,12 +138,14 @@ class TestBadNetworks:
             proxy.stalled.set()
             front.send({"value": noise(MIB)}, to="near")
             who, what = rf"'front' \(pid {os.getpid()}\)", "nothing was announced"
+            queue = near.endpoint._exchange.receiver.queue
+            until(lambda: bool(near.endpoint.peers and queue))
             with pytest.raises(
                 Timeout,
                 match=rf"message 2 from {who} at \S+, the first of 1 there, waits for its bytes: {what}",
             ):
                 near.endpoint.receive(timeout=0.1)
-            waiting = near.endpoint._exchange.receiver.queue[0]
+            waiting = queue[0]
             assert isinstance(waiting.message, Data)
             handle = bytes(waiting.message.tensors[0].handle)
             inbound = near.endpoint._exchange.receiver.inbounds["tcp"]
@@ -263,6 +268,17 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+def until_full(call: Callable[[], object], said: str) -> Full:
+    """Call until it is `Full` with these words: what the other side says is on its way for a while."""
+    deadline = time.monotonic() + WAIT
+    while True:
+        with pytest.raises(Full) as caught:
+            repeated(call)
+        if re.search(said, str(caught.value)):
+            return caught.value
+        assert time.monotonic() < deadline, caught.value
+
+
 def until_it_fails(call: Callable[[], object]) -> None:
     """Call until it raises, which it must before long."""
     deadline = time.monotonic() + WAIT
@@ -360,8 +376,8 @@ class TestLimits:
             near = Pumped(endpoint)
             warm_up(front, near)
             near.stop()
-            with pytest.raises(Full, match="near says: .* were granted and not taken"):
-                repeated(partial(front.send, {"value": noise(500_000)}, to="near", timeout=0.3))
+            send = partial(front.send, {"value": noise(500_000)}, to="near", timeout=0.3)
+            until_full(send, "near says: .* were granted and not taken")
             assert used(endpoint) <= MIB
 
     def test_leases_held_bound_what_lands_and_others_go_on(self) -> None:
@@ -372,8 +388,7 @@ class TestLimits:
                 front.send({"value": noise(500_000, len(sent))}, to="near", timeout=0.5)
                 sent.append(len(sent))
 
-            with pytest.raises(Full, match=r"near says: a peer's share of the ring .* beside it"):
-                repeated(one_more)
+            until_full(one_more, "near says: a peer's share of the ring .* beside it")
             other = Pumped(third)
             front.send({"value": noise(MIB)}, to="other")
             assert same(other.next().body["value"], noise(MIB))
@@ -434,6 +449,7 @@ class TestLimits:
                 first.result(WAIT)
                 far.send({"value": noise(3 * MIB)})
                 until(lambda: "share of the ring is used up" in held_up(far))
+                until(lambda: bool(front.peers and front._exchange.receiver.queue))
             with pytest.raises(PeerGone, match="far.* (gave its tensor up|tensor did not all come)"):
                 front.receive(timeout=WAIT)
             assert same(kept.body["value"], noise(3 * MIB))
@@ -445,8 +461,8 @@ class TestLimits:
             for _ in range(2):
                 with transport.connect(front.addresses[0], name="far", config=options, timeout=WAIT) as far:
                     far.send({"value": noise(500_000)})
-                    with pytest.raises(Full, match="front says: a peer's share of the ring .* beside it"):
-                        repeated(partial(far.send, {"value": noise(500_000)}, timeout=0.5))
+                    send = partial(far.send, {"value": noise(500_000)}, timeout=0.5)
+                    until_full(send, "front says: a peer's share of the ring .* beside it")
             here.stop()
             assert sum(message.body["value"].nbytes for message in here.messages) <= (4 + 1) * MIB
 
@@ -531,8 +547,10 @@ class TestStrangers:
     """Whoever reaches the port of the bulk connections, and does not know the secret."""
 
     def test_a_stranger_gets_nothing_and_disturbs_nobody(self) -> None:
-        with pair(handshake_timeout=1.0) as (front, near, _):
-            port = hub_of(front)._config.tcp_port
+        with pair() as (front, near, proxy):
+            port, meeting = proxy.to, hub_of(front)._meeting
+            # The peer has its connection already: only strangers have so little time.
+            meeting._config = dataclasses.replace(meeting._config, handshake_timeout=1.0)
             link = next(iter(hub_of(front)._ways))
             hello = MAGIC + link.to_bytes(8, "little")
             for greeting in (
@@ -552,14 +570,14 @@ class TestStrangers:
                 stranger.close()
 
     def test_strangers_that_say_nothing_keep_no_peer_from_its_connection(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port: int = listener.getsockname()[1]
-        options = config(tcp_port=port)
+        options = config()
         with ExitStack() as stack:
             front = stack.enter_context(transport.listen(ADDRESS, config=options))
             near = Pumped(stack.enter_context(joined(front, "near", options)))
             stack.callback(near.stop)
             warm_up(front, near)
+            (listener,) = hub_of(front)._listeners.values()
+            port = listener.getsockname()[1]
             for _ in range(40):
                 stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=WAIT))
             other = Pumped(stack.enter_context(joined(front, "other", options)))
@@ -598,10 +616,11 @@ class TestProcesses:
             assert os.waitpid(child, 0)[1] == 0
 
     def test_a_peer_that_comes_back_under_its_name_is_sent_to(self) -> None:
-        fields = dataclasses.asdict(config())
+        fields, pids = dataclasses.asdict(config()), set[int]()
         with transport.listen(ADDRESS, config=config()) as front:
             for seed in range(2):
                 with running(serve, front.addresses[-1], "peer", fields) as process:
+                    pid = process.pid or 0
                     front.wait_for_peers({"peer"}, timeout=WAIT)
                     front.send({"do": "hold", "value": noise(MIB, seed)}, to="peer")
                     front.send({"do": "held"}, to="peer")
@@ -609,8 +628,9 @@ class TestProcesses:
                     process.kill()
                 with pytest.raises(PeerGone, match="peer"):
                     until_it_fails(partial(front.send, {}, to="peer"))
+                pids.add(pid)
             until(lambda: used(front) == 0)
-        shm.sweep()
+        assert left_by(pids) == []
 
 
 def test_a_view_of_what_landed_is_read_only_and_outlives_the_link() -> None:

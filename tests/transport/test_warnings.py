@@ -11,13 +11,26 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 import transport
-from transport.conformance import WAIT, Pumped, digest, joined, left, noise, running, serve, serving
+from tests.crash.harness import is_stuffed, until
+from transport.conformance import (
+    WAIT,
+    Pumped,
+    acknowledged,
+    digest,
+    joined,
+    left,
+    noise,
+    running,
+    serve,
+    serving,
+)
 from transport.message import Abandon
 from transport.waiting import RateLimit, Wait
 
@@ -82,7 +95,7 @@ def test_a_stopped_peer_is_named_with_what_it_has_not_acknowledged(address: str,
             slow = front.statistics()["slow"]
             os.kill(process.pid, signal.SIGCONT)
         pattern = (
-            rf"a send of {2 * MIB} bytes has waited 0\.\d s for room: 'tp0' \(pid {process.pid}\) at ipc://.*"
+            rf"a send of {2 * MIB} bytes has waited \d+\.\d s for room: 'tp0' \(pid {process.pid}\) at ipc://.*"
             rf" has not acknowledged \d messages \({3 * MIB} bytes\), the oldest \d+\.\d s old;"
             rf" it holds 3 records \({3 * MIB} bytes\)"
         )
@@ -271,6 +284,7 @@ def keeping(address: str, **changes: Any) -> Iterator[transport.Endpoint]:
         pumped = Pumped(near)
         front.send({"x": noise(MIB)})
         held = [pumped.next()]
+        acknowledged(front)
         pumped.stop()
         front.send({"x": noise(MIB)})
         yield front
@@ -321,8 +335,7 @@ def test_a_window_that_is_used_up_says_what_the_peer_holds(address: str) -> None
 def test_a_queue_that_is_full_says_what_the_peer_holds(address: str) -> None:
     with keeping(address) as front:
         (link,) = front._exchange.roster.links()
-        while link.tell(Abandon(link.peer.link, 1, 0)):  # which nobody reads
-            pass
+        until(partial(is_stuffed, partial(link.tell, Abandon(link.peer.link, 1, 0))), "nobody reads these")
         with pytest.raises(transport.Full) as caught:
             front.send({"small": 1}, timeout=0.01)
     assert re.fullmatch(rf"the queue to 'near' is full; {account('near', 1, 2)}", str(caught.value))
