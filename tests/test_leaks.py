@@ -16,6 +16,8 @@ from tests import leaks
 
 ROOT = Path(__file__).parent.parent
 
+SLEEPS = "while not any((p.name, p.state) == ('sleep', 'S') for p in leaks._tree()): pass"
+
 # What a test does, and how the check names it.
 LEAVES: dict[str, tuple[str, str]] = {
     "a_segment": (
@@ -31,14 +33,14 @@ LEAVES: dict[str, tuple[str, str]] = {
     ),
     "a_descriptor": ("kept.append(open('/dev/zero'))", "-> /dev/zero"),
     "a_socket": ("kept.append(socket.socket())", "-> socket:["),
-    "a_child": ("kept.append(subprocess.Popen(['sleep', '60']))", "(sleep, state S)"),
+    "a_child": (f"kept.append(subprocess.Popen(['sleep', '60']))\n    {SLEEPS}", "(sleep, state S)"),
     "a_zombie": (
         "kept.append(child := subprocess.Popen(['true']))\n"
         "    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)",
         "(true, zombie, nobody waited for it)",
     ),
     "an_orphan": (
-        "subprocess.run(['sh', '-c', 'sleep 60 >/dev/null 2>&1 &'], check=True)",
+        f"subprocess.run(['sh', '-c', 'sleep 60 >/dev/null 2>&1 &'], check=True)\n    {SLEEPS}",
         "(sleep, state S)",
     ),
     "nothing": ("subprocess.run(['true'], check=True)", ""),

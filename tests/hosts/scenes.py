@@ -15,6 +15,7 @@ from typing import Any
 import transport
 from transport import TransportConfig
 from transport.backends.tcp import TcpOutbound
+from transport.bulk import crossing
 from transport.bulk.frames import Frame, Kind
 from transport.conformance import WAIT, digest, noise, serve
 
@@ -141,6 +142,7 @@ def front_of_two(
     with transport.listen(address, config=TransportConfig(**_fields(options))) as endpoint:
         endpoint.wait_for_peers(names, timeout=WAIT)
         right = []
+        crossing._PATIENCE = WAIT  # of this process: who only stands still for a moment is waited for
         for seed in range(count):
             value = noise(nbytes, seed)
             endpoint.send({"do": "sum", "value": value}, to=names)

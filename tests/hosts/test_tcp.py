@@ -64,10 +64,15 @@ def test_a_pulled_cable_only_delays(seconds: int) -> None:
         assert outcome["nbytes"].keys() == {"tcp"}
 
 
+def narrow(host: Host, rate: str) -> None:
+    """Let no more than that leave a host."""
+    limit = f"root tbf rate {rate} burst 64kb latency 200ms"
+    host.done(["tc", "qdisc", "add", "dev", host.interface, *limit.split()])
+
+
 def test_a_narrow_cable_lets_small_messages_pass_large_ones() -> None:
     with two_hosts() as (head, far):
-        limit = "root tbf rate 100mbit burst 64kb latency 200ms"
-        head.done(["tc", "qdisc", "add", "dev", head.interface, *limit.split()])
+        narrow(head, "50mbit")
         with scene(head, far, count=3, nbytes=3 * MIB) as front:
             told(front)
             outcome = told(front)
@@ -105,10 +110,12 @@ def received(host: Host) -> int:
 
 
 def test_a_host_that_is_gone_ends_the_link_in_time() -> None:
-    with two_hosts() as (head, far), scene(head, far, count=40, nbytes=4 * MIB, tcp_timeout=1.0) as front:
-        told(front)
-        far.cable("down")
-        gone = told(front)["gone"]
+    with two_hosts() as (head, far):
+        narrow(head, "200mbit")  # so that it is in the middle of them for seconds
+        with scene(head, far, count=40, nbytes=4 * MIB, tcp_timeout=1.0) as front:
+            told(front)
+            far.cable("down")
+            gone = told(front)["gone"]
         assert "far" in gone
         assert "bulk connection" in gone
 

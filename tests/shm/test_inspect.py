@@ -31,6 +31,7 @@ from shm import (
 )
 from shm.layout import CLOSING, H_STARTED, LINE, S_FILLED, S_NBYTES, S_OFFSET, WORD, Layout
 from shm.liveness import LivenessLock
+from tests.crash.harness import until
 from tests.shm.rings import ROOT, attach, ring, send
 
 SHM = Path("/dev/shm")
@@ -55,6 +56,7 @@ def dead_writer() -> str:
         assert describe(name).alive
         assert name not in sweep()
         process.kill()
+    until(lambda: not describe(name).alive, "the kernel has freed its lock")
     return name
 
 

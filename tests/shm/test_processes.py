@@ -161,7 +161,7 @@ def test_no_byte_changes_under_an_open_view(number: int) -> None:
             for reader in all_readers:
                 reader.acknowledged(writer)
 
-        while time.monotonic() < end:
+        while time.monotonic() < end or sent <= 50:  # else it never reused a byte, and proved nothing
             size = draw.choice([draw.randint(1, 300), draw.randint(1, 40_000)])
             wanted = [c for c in columns if draw.random() < 0.7] or columns[:1]
             try:
@@ -181,6 +181,5 @@ def test_no_byte_changes_under_an_open_view(number: int) -> None:
     writer.close()
     assert (now.live, now.used, now.largest_free) == (0, 0, CAPACITY)
     assert full == 0
-    assert sent > 50  # else it never reused a byte, and proved nothing
     assert min(opened) > 10
     assert now.records == sent
