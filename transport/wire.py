@@ -42,9 +42,9 @@ _NEVER = 10 * 86_400_000  # ms; with -1, which is never, zmq throws away what ca
 _UNNUMBERED = 64  # messages without a number that may wait for one peer
 READ_AHEAD = _RECEIVE_QUEUE // 2
 """Messages that a peer's zmq surely reads before its endpoint looks: it goes on at the half of its queue."""
-# Seconds that zmq has at least for what is still to be sent when a socket closes, the goodbye among it. libzmq
-# ends the process (4.3.5, its issue 3442) where a connection breaks in the middle of a message of several parts just
-# as this time is over: with no time at all that is when somebody closes because a peer was killed.
+# Seconds that zmq has at least for what is still to be sent when a socket closes, the goodbye among it.
+# libzmq ends the process (4.3.5, its issue 3442) where a connection breaks in the middle of a message of
+# several parts just as this time is over: with no time at all, when one closes because a peer was killed.
 _LEAST_LINGER = 0.1
 _GONE = zmq.Event.DISCONNECTED | zmq.Event.CLOSED
 _TURNED_AWAY = (
