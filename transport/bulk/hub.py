@@ -87,6 +87,8 @@ class Hub:
                 listener.setblocking(False)
                 self._listeners[host, way.secure] = listener
                 self._queue(partial(self._meeting.accept_at, listener, way.secure))
+            else:
+                self._queue(_nothing)  # it has to look at the time of this one, too
             return int(listener.getsockname()[1]), way.token
 
     def dial(self, peer: Peer, host: str, port: int, token: bytes) -> Channel:
