@@ -52,7 +52,7 @@ BENCHMARKS = {
 
 _OLD = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
-_FILE = click.Path(dir_okay=False, path_type=Path)
+_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 # Wide enough for every table when the output is a file; a terminal keeps its own width.
 _FILE_WIDTH = 150
@@ -89,13 +89,19 @@ def main(
         _list(console)
         return
     benchmark = BENCHMARKS[name]
+    if file is not None and not file.absolute().parent.is_dir():  # not found out after the first round
+        raise click.BadParameter(f"there is no folder {file.absolute().parent}", param_hint="--json")
     every = benchmark.rows(quick)
     rows = _chosen(_chosen(every, "column", columns), "layout", layouts)
     chosen = {row.name: row for row in rows}
     every = [chosen.get(row.name, row) for row in every]
     rounds = (3 if quick else 7) if rounds is None else rounds
     # What is only shown may have been measured elsewhere, where rows have other arguments: with a GPU, say.
-    older = [report.read_json(piece, name, every if rounds else ()) for piece in pieces]
+    try:
+        older = [report.read_json(piece, name, every if rounds else ()) for piece in pieces]
+        report.merge([piece for _, piece in older])
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--add") from None
     here = older[0][0] if older and not rounds else machine.describe()
     surroundings = {**here, "rounds": str(rounds)}
     if quick:

@@ -169,19 +169,23 @@ def show(
 def read_json(path: Path, name: str, rows: Sequence[Row]) -> tuple[dict[str, str], list[Result]]:
     """The machine and the results that `write_json` wrote for `name`; rows are those of `rows`, if there.
 
-    ValueError when the file is of another benchmark, or a row had other arguments than in `rows`.
+    ValueError when the file is of another benchmark or program, or a row had other arguments than in `rows`.
     """
-    document = json.loads(path.read_text())
-    if document["benchmark"] != name:
-        raise ValueError(f"{path} holds {document['benchmark']}, not {name}")
+    try:
+        document = json.loads(path.read_text())
+        benchmark, machine, entries = (document[key] for key in ("benchmark", "machine", "rows"))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not what --json wrote: {error!r}") from None
+    if benchmark != name:
+        raise ValueError(f"{path} holds {benchmark}, not {name}")
     known = {row.name: row for row in rows}
     results = []
-    for entry in document["rows"]:
+    for entry in entries:
         row = known.get(entry["row"]["name"], Row(**entry["row"]))
         if json.loads(json.dumps(row.arguments)) != entry["row"]["arguments"]:
             raise ValueError(f"{path}: {row.name} was measured with other arguments than it has now")
         results.append(Result(row=row, outcomes=[Outcome(**outcome) for outcome in entry["outcomes"]]))
-    return document["machine"], results
+    return machine, results
 
 
 def merge(pieces: Sequence[Sequence[Result]]) -> list[Result]:

@@ -336,7 +336,8 @@ def test_what_another_machine_measured_is_shown_as_its_own(tmp_path: Path) -> No
     assert "Some Other CPU" in shown.output
     mixed = [word for file in files for word in ("--add", str(file))]
     refused = CliRunner().invoke(command, ["channel", "--rounds", "0", *mixed])
-    assert "different arguments" in str(refused.exception)
+    assert refused.exit_code == 2
+    assert "different arguments" in refused.stderr
 
 
 def _without_tables(benchmark: report.Benchmark) -> report.Benchmark:
@@ -426,3 +427,17 @@ def test_row_that_is_not_there_is_refused_with_those_that_are() -> None:
     refused = CliRunner().invoke(command, ["scale", "--rows", "leases,nonsense"])
     assert refused.exit_code == 2
     assert "nonsense: there is only leases, peers, readers, ring MiB, tensors" in refused.stderr
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"benchmark": "scale"}'])
+def test_file_that_json_did_not_write_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "other").write_text(text)
+    refused = CliRunner().invoke(command, ["scale", "--add", str(tmp_path / "other")])
+    assert refused.exit_code == 2
+    assert "is not what --json wrote" in refused.stderr
+
+
+def test_file_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    refused = CliRunner().invoke(command, ["scale", "--json", str(tmp_path / "missing" / "a.json")])
+    assert refused.exit_code == 2
+    assert f"there is no folder {tmp_path / 'missing'}" in refused.stderr

@@ -200,14 +200,13 @@ class TestBadNetworks:
                 assert far.backend.startswith("frames; not shm: ")
                 assert "not tcp" in far.backend
 
-
     def test_a_peer_that_does_not_come_is_given_up_in_time_whoever_else_there_was(self) -> None:
         with transport.listen(ADDRESS, config=config(handshake_timeout=0.3)) as front:
             hub = hub_of(front)
             for link in (1, 2):  # the second one meets a thread that sleeps
                 hub.expect(Peer(link, f"peer {link}", 1, ADDRESS), "127.0.0.1")
                 channel = hub._ways[link].channel
-                until(lambda channel=channel: channel.fault)
+                until(partial(getattr, channel, "fault"))
                 assert channel.fault == "the peer did not connect in 0.3 s: no answer"
 
 
