@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import multiprocessing.synchronize
 import sys
@@ -64,6 +65,8 @@ def load(name: str) -> types.ModuleType:
         for package in (*_SHELLS, *_UNUSED):
             module = types.ModuleType(f"vllm{package}")
             module.__path__ = [root + package.replace(".", "/")]
+            # Who asks later whether vLLM is installed is answered by this.
+            module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None, is_package=True)
             sys.modules[module.__name__] = module
         # vllm.v1.utils, of which one function is used, names these at import.
         _placeholder("vllm.usage.usage_lib", "is_usage_stats_enabled", "usage_message", "UsageContext")

@@ -150,7 +150,9 @@ def _send_and_empty(near: Link, engine: subprocess.Popen[bytes]) -> None:
     tensors.clear()
 
 
-def test_vllm_that_goes_over_from_its_queue_to_the_socket_is_a_wrong_answer(short_path: Path) -> None:
+def test_vllm_that_goes_over_from_its_queue_to_the_socket_is_a_wrong_answer(
+    short_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     _needed("vllm torch_shm")
     from bench.peers import vllm
 
@@ -164,6 +166,7 @@ def test_vllm_that_goes_over_from_its_queue_to_the_socket_is_a_wrong_answer(shor
         with pytest.raises(WrongAnswerError, match="2 frames came, not 1"):
             far.receive()
     queue.join_thread()
+    caplog.clear()  # the exception that vLLM logged, and with it the tensor
     resource_sharer.stop(timeout=10)  # what torch passed descriptors with
 
 
