@@ -106,7 +106,7 @@ def test_a_process_is_seen_also_while_it_saves() -> None:
     thread = threading.Thread(target=saves)
     thread.start()
     try:
-        for _ in range(100_000):
+        for _ in range(3_000):
             assert any(process["pid"] == os.getpid() for process in saved())
     finally:
         stop.set()
