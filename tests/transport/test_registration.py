@@ -40,11 +40,12 @@ class Memory:
             raise DeviceError("cudaHostRegister failed with error 712: already mapped")
         assert not address % 4096
         assert not nbytes % 4096
-        self.ranges[address] = nbytes
         self.calls.append(("register", address, nbytes, read_only))
+        self.ranges[address] = nbytes  # last: tests wait for it
 
     def unregister(self, address: int) -> None:
-        self.calls.append(("unregister", address, self.ranges.pop(address), False))
+        self.calls.append(("unregister", address, self.ranges[address], False))
+        del self.ranges[address]
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_whole_steps_behind_the_mark_and_the_end_of_the_ring(
     view = pair.send(3 * STEP + 4 * MIB)
     until(lambda: sum(memory.ranges.values()) == 2 * (3 * STEP + 5 * MIB), "all of both")
     assert sorted(memory.ranges.values()) == sorted(2 * [STEP, STEP, STEP, 5 * MIB])
-    assert registrar.state().nbytes == sum(memory.ranges.values())
+    until(lambda: registrar.state().nbytes == sum(memory.ranges.values()), "it knows what is registered")
     assert registrar.state().refused == ""
     del view
 
@@ -175,8 +176,8 @@ def test_a_ring_that_ends_while_it_is_being_registered(registrar: Registrar, mem
     gc.collect()
     assert mapped(pair.readers_address)
     memory.go_on.set()
-    until(lambda: not mapped(pair.readers_address), "it is unmapped")
-    assert memory.ranges == {}
+    until(lambda: not mapped(pair.readers_address), "the reader's is unmapped")
+    until(lambda: not memory.ranges, "nothing is registered")  # the writer's turn comes after
     kinds = [kind for kind, address, _, _ in memory.calls if address == pair.readers_address]
     assert kinds == ["register", "unregister"]
 
