@@ -1,11 +1,12 @@
-"""Processes that tests start: killed at the end, also where a test fails in between."""
+"""Processes that tests start, killed at the end, also where a test fails in between; and ports for them."""
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -34,3 +35,26 @@ def ran(command: Sequence[str], environ: dict[str, str]) -> subprocess.Completed
         check=False,
         timeout=100,
     )
+
+
+@contextmanager
+def held_ports(count: int = 1) -> Iterator[int]:
+    """The first of so many ports of loopback in a row, at which who is told its number may listen.
+
+    A port that was free a moment ago may be given to another process meanwhile. So these are held by sockets
+    that do not listen: the kernel gives none of them to who leaves the choice to it, and binds who names one
+    all the same, where he allows others (SO_REUSEADDR), as zmq and torch do.
+    """
+    while True:
+        with ExitStack() as held:
+            try:
+                first = 0
+                for place in range(count):
+                    holder = held.enter_context(socket.socket())
+                    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    holder.bind(("127.0.0.1", first + place if place else 0))
+                    first = first or holder.getsockname()[1]
+            except (OSError, OverflowError):  # one of those that follow is another's, or no port at all
+                continue
+            yield first
+            return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import transport
 from engine import ConfigError, EngineConfig
 from engine.environment import first_node, placed
 from tests.engine.pictures import expected, picture, save
-from tests.engine.processes import ROOT, python
+from tests.engine.processes import ROOT, held_ports, python
 
 TORCHRUN = {
     "RANK": "2",
@@ -98,12 +97,6 @@ class TestPlaced:
 RUN = ["-m", "engine", "run", "--data-parallel-backend", "env", "--model", "tests.engine.models:Checksum"]
 
 
-def free_port() -> int:
-    """A port that is free now, and the one after it likely, too."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 def check(document: Path, ranks: int) -> None:
     written = json.loads(document.read_text())
     assert written["error"] == ""
@@ -122,9 +115,12 @@ def test_torchrun_places_the_ranks(tmp_path: Path) -> None:
     keys = ["--curve-key", str(secret), "--curve-clients", str(tmp_path / "keys")]
     keys += ["--curve-server", str(tmp_path / "keys/head.key")]
     document = tmp_path / "out.json"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
     wanted = [str(tmp_path), "--images-per-prompt", "1", "--json", str(document)]
-    with python(*torchrun, *RUN, *keys, *wanted) as process:
+    with (
+        held_ports(2) as port,  # torchrun's, and the one after it, where the head listens
+        python(*torchrun, "--master-port", str(port), *RUN, *keys, *wanted) as process,
+    ):
         _, said = process.communicate()
     assert process.returncode == 0, said
     assert "rank 1: the head ended its run" in said
@@ -135,16 +131,17 @@ def test_torchrun_places_the_ranks(tmp_path: Path) -> None:
 def test_slurm_places_the_ranks(tmp_path: Path) -> None:
     save(tmp_path, 12)
     document = tmp_path / "out.json"
-    step = {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(free_port())}
 
-    def task(number: int) -> list[str]:
+    def task(number: int, port: int) -> list[str]:
+        step = {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)}
         here = {**step, "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
         wanted = [str(tmp_path), "--images-per-prompt", "1", "--json", str(document)]
         return ["env", *(f"{name}={value}" for name, value in here.items()), sys.executable, *RUN, *wanted]
 
     with (
-        subprocess.Popen(task(1), cwd=ROOT, stderr=subprocess.PIPE, text=True) as second,
-        subprocess.Popen(task(0), cwd=ROOT, stdout=subprocess.DEVNULL) as first,
+        held_ports(2) as port,  # the head listens at the second
+        subprocess.Popen(task(1, port), cwd=ROOT, stderr=subprocess.PIPE, text=True) as second,
+        subprocess.Popen(task(0, port), cwd=ROOT, stdout=subprocess.DEVNULL) as first,
     ):
         try:
             assert first.wait() == 0

@@ -26,15 +26,17 @@ from engine.protocol import FRONT, Joined, Ready, Reply, Request, Stop, outward,
 from engine.worker import Worker
 from tests.engine.models import Checksum
 from tests.engine.pictures import expected, picture
-from tests.engine.processes import python
+from tests.engine.processes import held_ports, python
 from transport.conformance import joined as linked
 
 MODEL = "tests.engine.models:Checksum"
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Where a head may listen, and nobody else is."""
+    with held_ports() as first:
+        yield first
 
 
 def test_a_rank_that_dies_is_started_again_as_often_as_allowed(caplog: pytest.LogCaptureFixture) -> None:
@@ -91,11 +93,11 @@ class Comedian:
         assert not self._thread.is_alive()
 
 
-def test_a_late_answer_of_a_request_that_was_sent_again_is_dropped_and_counted() -> None:
+def test_a_late_answer_of_a_request_that_was_sent_again_is_dropped_and_counted(port: int) -> None:
     config = EngineConfig(
         data_parallel_size=2,
         data_parallel_size_local=1,
-        data_parallel_rpc_port=free_port(),
+        data_parallel_rpc_port=port,
         images_per_prompt=1,
         model=MODEL,
     )
@@ -166,8 +168,8 @@ def test_a_model_without_a_path_changes_no_text(asked: str) -> None:
 HUNDRED = 100
 
 
-def test_a_hundred_bad_messages_of_a_kind_are_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    config = EngineConfig(data_parallel_size_local=0, data_parallel_rpc_port=free_port(), model=MODEL)
+def test_a_hundred_bad_messages_of_a_kind_are_one_line(caplog: pytest.LogCaptureFixture, port: int) -> None:
+    config = EngineConfig(data_parallel_size_local=0, data_parallel_rpc_port=port, model=MODEL)
     settings = transport_config(config, replies=True)
     address = f"tcp://127.0.0.1:{config.data_parallel_rpc_port}"
 
@@ -222,8 +224,7 @@ def test_a_worker_says_once_that_it_cannot_read(address: str, caplog: pytest.Log
     assert second.endswith("(99 more such warnings left out)")
 
 
-def test_a_rank_that_does_not_come_is_named() -> None:
-    port = free_port()
+def test_a_rank_that_does_not_come_is_named(port: int) -> None:
     config = EngineConfig(
         data_parallel_size=2, data_parallel_size_local=0, data_parallel_rpc_port=port, startup_timeout=0.3
     )
@@ -236,9 +237,8 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     )
 
 
-def test_a_head_that_does_not_come_is_named() -> None:
-    port = str(free_port())
-    with python("-m", "engine", "run", "--headless", "-dpp", port, "--head-timeout", "0.3") as there:
+def test_a_head_that_does_not_come_is_named(port: int) -> None:
+    with python("-m", "engine", "run", "--headless", "-dpp", str(port), "--head-timeout", "0.3") as there:
         _, said = there.communicate()
     assert there.returncode == 1
     assert (
@@ -247,8 +247,7 @@ def test_a_head_that_does_not_come_is_named() -> None:
     )
 
 
-def test_a_rank_that_serves_something_else_is_refused() -> None:
-    port = free_port()
+def test_a_rank_that_serves_something_else_is_refused(port: int) -> None:
     config = EngineConfig(data_parallel_size_local=0, data_parallel_rpc_port=port, model=MODEL)
     flags = ["--headless", "-dpp", str(port), "--model", MODEL, "--seed", "5"]
     with python("-m", "engine", "run", *flags) as there:
@@ -282,8 +281,8 @@ def head_of(
         yield Dispatcher(front, fleet, config), others
 
 
-def test_a_rank_that_the_head_has_not_is_sent_away(caplog: pytest.LogCaptureFixture) -> None:
-    config = EngineConfig(data_parallel_size_local=0, data_parallel_rpc_port=free_port(), model=MODEL)
+def test_a_rank_that_the_head_has_not_is_sent_away(caplog: pytest.LogCaptureFixture, port: int) -> None:
+    config = EngineConfig(data_parallel_size_local=0, data_parallel_rpc_port=port, model=MODEL)
     with head_of(config, before=["rank3"]) as (head, (stranger,)):
         while (told := stranger.try_receive(Stop)) is None:
             head.progress()
@@ -294,8 +293,7 @@ def test_a_rank_that_the_head_has_not_is_sent_away(caplog: pytest.LogCaptureFixt
     assert re.search(r"'rank3' \(pid \d+ on .+\) is none of the ranks; it is sent away", caplog.text)
 
 
-def test_a_rank_of_another_host_that_the_head_starts_itself_is_sent_away() -> None:
-    port = free_port()
+def test_a_rank_of_another_host_that_the_head_starts_itself_is_sent_away(port: int) -> None:
     config = EngineConfig(
         data_parallel_size=2, data_parallel_size_local=1, data_parallel_rpc_port=port, model=MODEL
     )
@@ -336,7 +334,7 @@ def test_off_loopback_nobody_listens_without_keys_unless_told() -> None:
 
 
 def test_a_headless_host_ends_when_its_rank_died_too_often() -> None:
-    with transport.listen(f"tcp://127.0.0.1:{free_port()}", name=FRONT) as front:
+    with transport.listen("tcp://127.0.0.1:*", name=FRONT) as front:
         port = front.addresses[0].rpartition(":")[2]
         flags = ["--headless", "-dpp", port, "--model", "tests.engine.models:DiesInLoad"]
         with python("-m", "engine", "run", *flags, "--rank-restarts", "1") as there:
