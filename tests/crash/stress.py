@@ -43,6 +43,7 @@ FIELDS = (
 )
 _STUCK_AFTER = 30.0  # seconds without a turn, for who is not stopped
 _QUIET_WITHIN = 40.0
+_HAPPENS = ("messages", "answers", "handed_on")  # and kills and stalls, however short and slow a run is
 _RING = 2 << 20
 _LARGEST = 300_000
 
@@ -309,12 +310,12 @@ class Director:
         self.kills = self.stalls = self.restarts = self.stuck = self.failed = 0
 
     def run(self, seconds: float) -> None:
-        """The whole performance; everybody has ended when this returns."""
+        """The whole performance, longer where little happens; everybody has ended when this returns."""
         try:
             for name in self._cast.names:
                 self._start(name)
             end = time.monotonic() + seconds
-            while time.monotonic() < end:
+            while time.monotonic() < end or (time.monotonic() < end + _STUCK_AFTER and not self._is_enough()):
                 time.sleep(self._draw.uniform(0.01, 0.15))
                 self._disturb()
                 self._watch()
@@ -322,6 +323,13 @@ class Director:
         finally:
             for process in self._processes.values():
                 finish(process)
+
+    def _is_enough(self) -> bool:
+        """Whether everything that is to happen has."""
+        return bool(self.kills and self.stalls) and all(map(self._total, _HAPPENS))
+
+    def _total(self, field: str) -> int:
+        return sum(counters.get(field) for counters in self._counters.values())
 
     def _start(self, name: str) -> None:
         process = start(take_part, self._cast, name, self._lives[name])
@@ -387,9 +395,7 @@ class Director:
 
     def totals(self) -> dict[str, int]:
         """What happened in all."""
-        figures = {
-            field: sum(counters.get(field) for counters in self._counters.values()) for field in FIELDS[:-1]
-        }
+        figures = {field: self._total(field) for field in FIELDS[:-1]}
         for name in left_by(self.pids):
             self._cast.note(f"left in /dev/shm: {name}")
             figures["leaked"] += 1
