@@ -12,9 +12,10 @@ import pytest
 import transport
 from tests.crash import plays
 from tests.crash.asking import ask, play_worker
-from tests.crash.harness import Report, Stage, config, pattern
+from tests.crash.harness import WAIT, Report, Stage, config, pattern
 from tests.crash.plays import Outcome, Play, ends_and_middle
 from tests.transport.test_tcp import hub_of
+from transport.bulk import crossing
 
 # What each does in a transfer that crosses once, and the time at which all that comes before has been seen.
 STEPS: Mapping[str, Mapping[str, int]] = {
@@ -53,6 +54,7 @@ _CONFIG: Mapping[str, Any] = {
 
 def play_front(stage: Stage, report: Report) -> None:
     """Send each message to both until both have answered it."""
+    crossing._PATIENCE = WAIT  # of this process: a leader that only stands still for a moment is waited for
     with transport.listen(stage.address("front"), config=config(report.steps, **_CONFIG)) as endpoint:
         attempt = 0
         for number in range(1, MESSAGES + 1):
