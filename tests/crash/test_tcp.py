@@ -6,10 +6,20 @@ from functools import partial
 
 import pytest
 
-import shm
 import transport
 from tests.crash.asking import play_worker
-from tests.crash.harness import WAIT, Kill, Stage, cast_with, config, folder, pattern, perform, running
+from tests.crash.harness import (
+    WAIT,
+    Kill,
+    Stage,
+    cast_with,
+    config,
+    folder,
+    left_by,
+    pattern,
+    perform,
+    running,
+)
 from tests.crash.plays import Play, ends_and_middle, middle
 
 # What the bulk connections of each role tell; who is handed on to lands and sends nothing large.
@@ -46,11 +56,12 @@ def test_killed_before_there_is_a_bulk_connection() -> None:
     settings = config(backend="tcp", handshake_timeout=600.0)
     with (
         folder() as path,
-        running(perform, "worker", worker, stage := Stage(path), Kill("link.begun", 1)),
+        running(perform, "worker", worker, stage := Stage(path), Kill("link.begun", 1)) as victim,
         transport.listen(stage.address("front"), config=settings) as front,
     ):
         front.wait_for_peers({"worker"}, timeout=WAIT)
         body = {"bytes": pattern(1, 60_000)}
         with pytest.raises(transport.PeerGone, match="worker"):
             front.send(body, to="worker", timeout=600.0)
-    shm.sweep()
+        victim.join(WAIT)
+        assert left_by({victim.pid or 0}) == []
