@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from bench import machine, report, sampler
+from bench import harness, machine, report, sampler
 from bench.__main__ import main as command
 from bench.harness import Outcome, Result, Row, Spread, number, numbers, run
 
@@ -94,10 +95,21 @@ def test_two_parts_that_report_the_same_value_are_a_failed_row() -> None:
     assert result.failure == "1 of 1 rounds: two parts report pid, pid folder"
 
 
-def test_time_out_names_who_is_late_and_ends_its_children_too(tmp_path: Path) -> None:
-    note = tmp_path / "pid"
-    (result,) = run([row("late", "endless", limit=3.0, note=str(note))], rounds=1)
-    assert result.failure == "1 of 1 rounds: endless: not done after 3 s"
+def test_time_out_names_who_is_late_and_ends_its_children_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note, wait = tmp_path / "pid", harness._wait
+
+    def wait_once_it_has_a_child(children: Any, *, limit: float) -> str | None:
+        deadline = time.monotonic() + 60
+        while not note.exists():
+            assert time.monotonic() < deadline, "it starts no child"
+            time.sleep(0.01)
+        return wait(children, limit=limit)
+
+    monkeypatch.setattr(harness, "_wait", wait_once_it_has_a_child)
+    (result,) = run([row("late", "endless", limit=0.5, note=str(note))], rounds=1)
+    assert result.failure == "1 of 1 rounds: endless: not done after 0.5 s"
     # The group was sent SIGKILL; the orphan may take a moment to die, and wait to be reaped by init.
     stat = Path(f"/proc/{note.read_text()}/stat")
     deadline = time.monotonic() + 10
