@@ -33,7 +33,8 @@ def enter(pid: int) -> None:
 
 
 def _fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {"insecure": True, "ring_bytes": 64 * MIB, "timeout": WAIT, **options}
+    patience = {"timeout": WAIT, "admission_timeout": WAIT}
+    return {"insecure": True, "ring_bytes": 64 * MIB, **patience, **options}
 
 
 def peer(pid: int, address: str, name: str, options: Mapping[str, Any]) -> None:

@@ -82,7 +82,8 @@ def test_ranks_of_another_host_die_and_come_back(hosts: tuple[Host, Host]) -> No
     assert said.count(" is back\n") == 2
     assert again.returncode == 0
     assert "tensorferry: rank 1: the head ended its run\n" in last
-    assert not os.path.exists(f"/proc/{second['pid']}")
+    while os.path.exists(f"/proc/{second['pid']}"):  # the timeout of the suite is the limit
+        time.sleep(0.05)
 
 
 def test_a_headless_host_outlives_its_head_and_serves_the_next(hosts: tuple[Host, Host]) -> None:
