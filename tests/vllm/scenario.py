@@ -15,6 +15,8 @@ from typing import Any
 
 from bench.hops.asking import answer, prompts, ways
 
+_SAVED_WITHIN = 60.0  # seconds; else a process has ended, and its counters are lost
+
 
 def arguments(options: dict[str, Any]) -> dict[str, Any]:
     """vLLM's, small and without anything that depends on timing."""
@@ -49,6 +51,22 @@ def child(name: str) -> int:
 
     found = [p.pid for p in psutil.Process().children(recursive=True) if name in " ".join(p.cmdline())]
     return found[0]
+
+
+def final_ways() -> dict[str, list[int]]:
+    """`ways`, once each process has saved all it counted: it looks every second whether its file is there."""
+    import psutil
+
+    from engine.vllm.settings import folder
+
+    ours = {os.getpid(), *(process.pid for process in psutil.Process().children(recursive=True))}
+    files = [file for file in folder().glob("*.json") if int(file.stem.partition("-")[0]) in ours]
+    for file in files:
+        file.unlink()
+    deadline = time.monotonic() + _SAVED_WITHIN
+    while not all(file.exists() for file in files) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return ways()
 
 
 def lose(numbers: list[int]) -> None:
@@ -88,8 +106,7 @@ def offline(options: dict[str, Any], batches: list[list[dict[str, Any]]], kill: 
                 llm.generate(batch, SamplingParams(max_tokens=2), use_tqdm=False)
             except Exception as error:  # noqa: BLE001  # its name is the result
                 return [*said, type(error).__name__], ways()
-    time.sleep(2.5)  # the counters are saved every second
-    return said, ways()
+    return said, final_ways()
 
 
 async def served(options: dict[str, Any], batches: list[list[dict[str, Any]]]) -> Said:
@@ -110,8 +127,7 @@ async def served(options: dict[str, Any], batches: list[list[dict[str, Any]]]) -
     for number, batch in enumerate(batches):
         tasks = [ask(prompt, f"{number}-{index}") for index, prompt in enumerate(batch)]
         said += await asyncio.gather(*tasks)
-    await asyncio.sleep(2.5)
-    return said, ways()
+    return said, await asyncio.to_thread(final_ways)
 
 
 def main() -> None:

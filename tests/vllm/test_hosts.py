@@ -73,9 +73,9 @@ def test_a_rank_on_another_host(model: Path, tmp_path: Path, short_path: Path, s
         ):
             assert "tensorferry: engines [0] of [0, 1] map the ring" in server.log()
             assert server.ask_all(prompts(COUNT, IMAGES, SIDE)) == expected
+            becomes(lambda: sum(server.answered().values()), COUNT)
             answered = server.answered()
             assert set(answered) == {0, 1}
-            assert sum(answered.values()) == COUNT
             near, away = (IMAGES * answered[engine] for engine in (0, 1))
             ways = {
                 f"front: {HOP}: ring": [near, near * TENSOR],
