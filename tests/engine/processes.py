@@ -5,8 +5,9 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +36,13 @@ def ran(command: Sequence[str], environ: dict[str, str]) -> subprocess.Completed
         check=False,
         timeout=100,
     )
+
+
+def until_ended(pid: int) -> None:
+    """Wait for the end of a process that is not waited for by this; the limit is the timeout of the suite."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+            time.sleep(0.01)
 
 
 @contextmanager
