@@ -96,6 +96,9 @@ def joined(front: Endpoint, name: str, config: TransportConfig, *others: str) ->
         addresses = [*others, front.addresses[-1]]
         connecting = pool.submit(connect, addresses, name=name, config=config, timeout=WAIT)
         front.wait_for_peers({name}, timeout=WAIT)
+        while not connecting.done():  # the name may still be that of a peer that died
+            select.select([front], [], [], 0.01)
+            front.statistics()  # handles what has come
         endpoint = connecting.result(WAIT)
     with endpoint:
         yield endpoint
@@ -145,7 +148,7 @@ def warm_up(front: Endpoint, near: Pumped) -> None:
     near.next()
 
 
-def acknowledged(front: Endpoint, timeout: float = 10.0) -> None:
+def acknowledged(front: Endpoint, timeout: float = WAIT) -> None:
     """Until what peers have said that they took is known here."""
     deadline = time.monotonic() + timeout
     while any(peer.unacknowledged for peer in front.peers):
@@ -153,7 +156,7 @@ def acknowledged(front: Endpoint, timeout: float = 10.0) -> None:
         select.select([front], [], [], 0.01)
 
 
-def left(front: Endpoint, timeout: float = 10.0) -> None:
+def left(front: Endpoint, timeout: float = WAIT) -> None:
     """Until it is known here that every peer has left."""
     deadline = time.monotonic() + timeout
     while front.peers:
