@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from transport import registry
-from transport.backends.base import Bytes, Inbound, Outbound, Parcel, Peer
+from transport.backends.base import Bytes, Inbound, Load, Outbound, Parcel, Peer
 from transport.config import TransportConfig
 from transport.conformance.peers import WAIT
 from transport.tensors import Source, source_of
@@ -44,13 +44,22 @@ class Both:
         return parcel
 
     def send(self, tensors: Sequence[Any]) -> tuple[Parcel, list[Bytes]]:
-        parcel = self.put(tensors, timeout=1.0)
-        load = parcel.load(self.peer)
+        parcel = self.put(tensors, timeout=WAIT)
+        load = self.loaded(parcel)
         views = [
             self.inbounds[name].open(self.peer, handle, tensor.nbytes, load.frames)
             for (name, handle), tensor in zip(load.handles, tensors, strict=True)
         ]
         return parcel, views
+
+    def loaded(self, parcel: Parcel) -> Load:
+        """What the reader is sent, once it can open all of it: bytes may come by themselves."""
+        load = parcel.load(self.peer)
+        deadline = time.monotonic() + WAIT
+        while not all(self.inbounds[name].is_ready(self.peer, handle) for name, handle in load.handles):
+            assert time.monotonic() < deadline, "the bytes did not come"
+            time.sleep(0.001)
+        return load
 
     def close(self) -> None:
         self.outbound.close()

@@ -368,7 +368,7 @@ class BackendConformance:
         assert info.backend
 
     def test_what_was_sent_before_close_still_arrives(self, folder: str) -> None:
-        front = listen(self.address(folder, "short"), config=self.config())
+        front = listen(self.address(folder, "short"), config=self.config(linger=WAIT))
         with joined(front, "near", self.config()) as endpoint:
             pumped = Pumped(endpoint)
             front.send({"value": noise(300_000)}, to="near")
@@ -382,14 +382,13 @@ class BackendConformance:
             with pytest.raises(PeerGone, match="goodbye"):
                 endpoint.receive(timeout=WAIT)
 
-    def test_what_a_peer_sent_before_close_still_arrives(self, front: Endpoint, near: Pumped) -> None:
-        answering = Pumped(front)
-        near.endpoint.send({"value": noise(300_000)})
-        view = answering.next().body["value"]
-        answering.stop()
-        near.endpoint.try_send({"value": noise(300_000, 2)})
-        near.stop()
-        near.endpoint.close()
+    def test_what_a_peer_sent_before_close_still_arrives(self, front: Endpoint) -> None:
+        with joined(front, "near", self.config(linger=WAIT)) as near:
+            answering = Pumped(front)
+            near.send({"value": noise(300_000)})
+            view = answering.next().body["value"]
+            answering.stop()
+            near.try_send({"value": noise(300_000, 2)})
         self.check_last(front)
         assert same(view, noise(300_000))
         left(front)
@@ -427,19 +426,17 @@ class BackendConformance:
         with pytest.raises(Full) as caught:
             repeated(lambda: parcels.append(both.put(piece, timeout=0.0)))
         assert both.peer.name in caught.value.failed or not caught.value.failed
-        polled: list[int] = []
         with pytest.raises(Full):
-            both.put(piece, timeout=0.05, poll=lambda: polled.append(1))
-        assert polled
+            both.put(piece, timeout=0.05)
 
-        def stop() -> None:
+        def stop() -> None:  # it is called, however long the wait would last
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             both.put(piece, timeout=WAIT, poll=stop)
         for parcel in parcels:
             parcel.release(both.peer)
-        again = [both.put(piece, timeout=1.0) for _ in range(len(parcels))]  # nothing was lost meanwhile
+        again = [both.put(piece, timeout=WAIT) for _ in range(len(parcels))]  # nothing was lost meanwhile
         for parcel in again:
             parcel.release(both.peer)
 
@@ -447,12 +444,12 @@ class BackendConformance:
         broken = Broken(both.outbound.limit(both.peer) // 4)
         for _ in range(50):
             with pytest.raises(RuntimeError, match="broken source"):
-                both.outbound.put([broken], [both.peer], timeout=1.0, poll=lambda: None).fill()
+                both.outbound.put([broken], [both.peer], timeout=WAIT, poll=lambda: None).fill()
 
     def test_hostile_handles(self, both: Both) -> None:
         chance = random.Random(7)
-        parcel = both.put([noise(100_000), noise(80)], timeout=1.0)
-        load = parcel.load(both.peer)
+        parcel = both.put([noise(100_000), noise(80)], timeout=WAIT)
+        load = both.loaded(parcel)
         for name, handle in load.handles:
             for attempt in range(400):
                 bad = mutated(handle, chance) if attempt % 2 else chance.randbytes(chance.randrange(80))
