@@ -95,13 +95,26 @@ def until(condition: Callable[[], object], what: str) -> None:
 
 
 def others_sleep() -> bool:
-    """Whether no other thread of this process has anything to do: zmq's, which sends, has sent."""
-    own = str(threading.get_native_id())
-    states = []
+    """Whether no other thread of this process has anything to do: zmq's, which sends, has sent.
+
+    Who sleeps at both looks and has not run in between slept when the first one ended, as all others did;
+    by one look alone, who is seen first may be woken by who is seen later.
+    """
+    before = _naps()
+    return before is not None and before == _naps()
+
+
+def _naps() -> dict[str, str] | None:
+    """How often each other thread of this process has gone to sleep; None where one does not sleep."""
+    own, found = str(threading.get_native_id()), dict[str, str]()
     for task in Path("/proc/self/task").iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-            states += [(task / "stat").read_text().rpartition(")")[2].split()[0]] if task.name != own else []
-    return set(states) <= {"S"}
+            lines = (task / "status").read_text().splitlines() if task.name != own else []
+            told = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+            if told and not told["State"].startswith("S"):
+                return None
+            found[task.name] = told.get("voluntary_ctxt_switches", "")
+    return found
 
 
 def is_stuffed(send: Callable[[], bool]) -> bool:
