@@ -10,13 +10,14 @@ from types import TracebackType
 from typing import Self
 
 _TURN = 64 << 10
+_WAIT = 30.0
 
 
 class Proxy:
     """Forwards every connection to it to the port `to` of this host, in a thread.
 
     cuts, flips: after how many bytes, counted over all that was forwarded both ways, to close every
-    connection, or to turn a bit over. stalled: forward nothing. closed: refuse what comes.
+    connection, or to turn a bit over. stalled: forward nothing (`stall`). closed: refuse what comes.
     """
 
     def __init__(self) -> None:
@@ -24,6 +25,7 @@ class Proxy:
         self.cuts: list[int] = []
         self.flips: list[int] = []
         self.stalled = threading.Event()
+        self._stands = threading.Event()
         self.closed = threading.Event()
         self.forwarded = 0
         self.connections = 0
@@ -40,6 +42,12 @@ class Proxy:
         """Close every connection now."""
         self.cuts.append(0)
 
+    def stall(self) -> None:
+        """Forward nothing of what comes from now on, until `stalled` is cleared."""
+        self._stands.clear()
+        self.stalled.set()
+        assert self._stands.wait(_WAIT), "the proxy does not stand still"
+
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._listener, selectors.EVENT_READ)
@@ -54,6 +62,7 @@ class Proxy:
                     self.cuts.pop(0)
                     self._hang_up(selector)
                 if self.stalled.is_set():
+                    self._stands.set()
                     self._stop.wait(0.01)
             self._hang_up(selector)
 

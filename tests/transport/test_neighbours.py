@@ -80,6 +80,7 @@ def emptied(front: transport.Endpoint, peers: Sequence[Pumped]) -> None:
     until(lambda: bool(front.peers) and not any(used(end) for end in (front, *(p.endpoint for p in peers))))
 
 
+@pytest.mark.usefixtures("patient")
 def test_the_payload_crosses_once_and_the_others_read_it_there() -> None:
     with three() as (front, peers, _):
         before, had_read = statistics(front)["sent bytes"], read(peers)
@@ -109,6 +110,7 @@ def test_a_connection_that_is_cut_again_and_again_loses_nothing() -> None:
         emptied(front, peers)
 
 
+@pytest.mark.usefixtures("patient")
 def test_views_outlive_the_one_in_whose_ring_they_are() -> None:
     with three() as (front, peers, _):
         front.send({"value": noise(2 * MIB, 1)}, to=NAMES)
@@ -117,15 +119,19 @@ def test_views_outlive_the_one_in_whose_ring_they_are() -> None:
         peers[0].endpoint.close()
         until(lambda: len(front.peers) == 2)
         assert same(messages[1].body["value"], noise(2 * MIB, 1))
-        seed = 2
-        while statistics(front)["neighbours"] == 0 and seed < 100:  # until their connections are there again
-            send(front, peers[1:], seed, to=NAMES[1:])
-            seed += 1
+        until(lambda: statistics(front)["neighbours"] == 0)  # the first is forgotten, too
+
+        def know_each_other() -> bool:  # once their connections are there again
+            send(front, peers[1:], 2, to=NAMES[1:])
+            return bool(statistics(front)["neighbours"])
+
+        until(know_each_other)
         had_read = read(peers)
-        send(front, peers[1:], seed, to=NAMES[1:])
+        send(front, peers[1:], 3, to=NAMES[1:])
         assert read_since(had_read, peers)[1:] == [0, 1]  # the second is the one now
 
 
+@pytest.mark.usefixtures("patient")
 def test_who_holds_its_share_of_a_neighbours_ring_gets_the_next_ones_itself() -> None:
     with three(ring_bytes=16 * MIB) as (front, peers, _):
         held, had_read = [], read(peers)
@@ -170,17 +176,19 @@ def test_a_leader_that_takes_nothing_does_not_keep_the_others_waiting() -> None:
         again = taken_up_again(peers[0], waiting)
         for seed in (99, 98):
             assert same(again.next().body["value"], noise(2 * MIB, seed))
+        until(lambda: not any(way.channel.slow for way in [*hub_of(front)._ways.values()]))
         send(front, [again, peers[1]], 97, to=NAMES[:2])
         assert read_since(had_read, peers)[1] == 1
         again.stop()
 
 
-def test_the_first_payload_waits_for_the_proof_and_crosses_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transport.bulk.crossing._PATIENCE", 1000.0)
+@pytest.mark.usefixtures("patient")
+def test_the_first_payload_waits_for_the_proof_and_crosses_once() -> None:
     with three(window=4 * MIB, met=False) as (front, peers, _):
         for name, peer in zip(NAMES, peers, strict=True):
             front.send({"value": noise(MIB, 7)}, to=name)
             assert same(peer.next().body["value"], noise(MIB, 7))
+        until(lambda: hub_of(front).flush(0.0))  # all is counted
         waiting = fill_window(front, peers[0])
         assert statistics(front)["neighbours"] == 0
         before = statistics(front)["sent bytes"]
@@ -212,10 +220,8 @@ def test_those_who_share_no_memory_each_get_it() -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another /dev/shm needs root")
-def test_who_turns_out_to_share_no_memory_waits_for_the_first_no_longer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("transport.bulk.crossing._PATIENCE", 1000.0)
+@pytest.mark.usefixtures("patient")
+def test_who_turns_out_to_share_no_memory_waits_for_the_first_no_longer() -> None:
     options = {"ring_bytes": 32 * MIB, "tcp_window": 32 * MIB}
     with (
         transport.listen(ADDRESS, config=config(**options)) as front,
