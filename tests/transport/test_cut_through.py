@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-import shm
 import transport
-from tests.crash.harness import until
+from tests.crash.harness import left_by, until
 from transport import codec
 from transport.backends.base import Bytes, Parcel
 from transport.conformance import WAIT, BackendConformance, Both, joined, noise, running, same
@@ -50,6 +49,7 @@ class InSteps(Source):
         whole = source_of(tensor)
         assert whole is not None
         super().__init__(whole.spec, whole.nbytes, whole.tensor)
+        self.half = threading.Event()  # is written
         self.go_on = threading.Event()
         self._whole = whole
         self._fails = fails
@@ -61,6 +61,7 @@ class InSteps(Source):
         self._whole.fill_range(destination[:half], 0, half)
         assert progress is not None
         progress(half)
+        self.half.set()
         assert self.go_on.wait(WAIT)
         if self._fails:
             raise RuntimeError("the second half cannot be read")
@@ -93,14 +94,15 @@ def test_a_reader_sees_the_first_half_while_the_second_is_not_written(both: Both
     with ThreadPoolExecutor(1) as pool:
         parcel = put(both, source)
         filling = pool.submit(parcel.fill)
+        assert source.half.wait(WAIT)  # who follows gives up after a second without a byte
         pieces = followed(both, parcel)
         start, first = next(pieces)
         assert (start, first.nbytes) == (0, LARGE // 2)
         assert np.array_equal(first, data.numpy()[: LARGE // 2])
         assert not filling.done()
         source.go_on.set()
-        rest = list(pieces)
         filling.result(WAIT)
+        rest = list(pieces)
     assert [start for start, _ in rest] == [LARGE // 2]
     assert np.array_equal(rest[0][1], data.numpy()[LARGE // 2 :])
     parcel.release(both.peer)
@@ -113,6 +115,7 @@ def test_a_copy_that_fails_is_an_error_at_the_reader_and_gives_the_space_back(bo
     with ThreadPoolExecutor(1) as pool:
         parcel = put(both, source)
         filling = pool.submit(parcel.fill)
+        assert source.half.wait(WAIT)
         pieces = followed(both, parcel)
         _, first = next(pieces)
         source.go_on.set()
@@ -324,8 +327,8 @@ def test_what_was_sent_is_kept_by_nobody_though_it_is_not_acknowledged(address: 
         gone = weakref.ref(image)
         front.send({"x": image})
         del image
+        until(lambda: gone() is None, "the threads that copied it have let go of it")
         assert front.peers[0].unacknowledged
-        assert gone() is None
         assert same(near.receive().body["x"], noise(LARGE).numpy())
 
 
@@ -444,4 +447,4 @@ def test_a_writer_killed_half_way_is_gone_and_nothing_half_is_handed_out(
         with pytest.raises(PeerGone, match="the writer"):
             near.receive(stage=stage)
         process.join(WAIT)
-        assert len(shm.sweep()) == 1
+        assert left_by({process.pid or 0}) == []

@@ -11,7 +11,7 @@ import pytest
 
 import shm
 import transport
-from tests.crash.harness import until
+from tests.crash.harness import segments_of, until
 from tests.leaks import Snapshot
 from transport.conformance import WAIT, Pumped, joined, noise, same
 
@@ -22,7 +22,7 @@ CONFIG = transport.TransportConfig(
 
 def own_rings() -> set[str]:
     """The segments that this process made and that have a name."""
-    return {name for name in shm.names() if shm.describe(name).pid == os.getpid()}
+    return set(segments_of({os.getpid()}))
 
 
 def lose_the_name(front: transport.Endpoint) -> str:
@@ -66,7 +66,10 @@ def test_who_comes_after_the_name_is_gone_gets_another_ring(
             assert same(held.body["x"], noise(100_000, 1))  # the view outlives its ring
             assert np.array_equal(loan, noise(50_000, 2).numpy())
             del held, loan
-            assert not any(lost in mapping for mapping in Snapshot.take().mappings)
+            until(
+                lambda: not any(lost in mapping for mapping in Snapshot.take().mappings),
+                "the threads that touch its pages ahead have let go of it",
+            )
             new.stop()
 
 
