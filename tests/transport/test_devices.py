@@ -20,6 +20,8 @@ class Source:
         if thread() == main:  # what is left when the interpreter is taken down
             return
         begun.set()
+        while not kept._ending:  # however long the end of the process takes to begin
+            time.sleep(0.01)
         time.sleep(0.3)  # as torch does when it destroys an event: without the GIL, and then it asks for it
         os.write(1, b"whole ")
 

@@ -366,7 +366,7 @@ def test_more_connections_than_descriptors_at_first(scheme: str, address: str) -
                     hello = wire_types.Hello(1, 7, f"many.{number}", 1, 9, 0, ["frames"])
                     socket.send(wire_types.encode(hello))
                 until(lambda: connections(process.pid) > 400)
-            with transport.connect(where, name="good", config=CONFIG) as near:
+            with transport.connect(where, name="good", config=CONFIG, timeout=WAIT) as near:
                 assert near.receive().body == {"n": 1}
             assert process.wait(WAIT) == 0
         finally:
