@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -49,6 +50,13 @@ def send(writer: RingWriter, nbytes: int, number: int = 1) -> Record:
     writer.buffer(record)[:] = pattern(number, nbytes)
     writer.commit([record], keep=True)
     return record
+
+
+def populated() -> None:
+    """Wait for the threads that touch pages ahead, each of which keeps a mapping until it is done."""
+    for thread in threading.enumerate():
+        if thread.name == "tensorferry-populate":
+            thread.join()
 
 
 def pattern(number: int, nbytes: int) -> NDArray[np.uint8]:

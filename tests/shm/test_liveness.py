@@ -23,7 +23,7 @@ import pytest
 from shm import Handle, Offer, RingClosed, RingReader, RingWriter, sweep
 from shm.liveness import LivenessLock, is_held
 from tests.forks import raw_fork, reap
-from tests.shm.rings import attach, hear, pattern, ring, send, tell
+from tests.shm.rings import attach, hear, pattern, populated, ring, send, tell
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -180,6 +180,7 @@ def child(fork: Callable[[], int], work: Callable[[], object]) -> Iterator[int]:
     """A forked child that does its work, says so, and lives until the end of the block; its pid."""
     said, say = os.pipe()
     go, leave = os.pipe()
+    populated()  # `raw_fork` bears no thread that asks for the interpreter meanwhile
     pid = fork()
     if pid == 0:
         code = 1

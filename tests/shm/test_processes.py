@@ -165,7 +165,7 @@ def test_no_byte_changes_under_an_open_view(number: int) -> None:
             size = draw.choice([draw.randint(1, 300), draw.randint(1, 40_000)])
             wanted = [c for c in columns if draw.random() < 0.7] or columns[:1]
             try:
-                (record,) = writer.reserve([size], columns=wanted, timeout=10, poll=poll)
+                (record,) = writer.reserve([size], columns=wanted, timeout=60, poll=poll)
             except RingFull:
                 full += 1
                 break

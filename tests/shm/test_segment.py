@@ -8,7 +8,6 @@ import signal
 import socket
 import stat
 import struct
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +29,7 @@ from shm import layout as at
 from shm.inspect import describe, names, sweep
 from shm.liveness import LivenessLock
 from shm.segment import open_checked
-from tests.shm.rings import attach, ring, run_python, send
+from tests.shm.rings import attach, populated, ring, run_python, send
 
 SHM = Path("/dev/shm")
 
@@ -292,9 +291,7 @@ def test_a_mark_beyond_what_is_there_takes_no_pages() -> None:
     blocks = os.stat(SHM / writer.name).st_blocks
     writer._header[at.H_MARK] = 64 << 20
     view = reader.open(record.handle)
-    for thread in threading.enumerate():
-        if thread.name == "tensorferry-populate":
-            thread.join()
+    populated()
     assert os.stat(SHM / writer.name).st_blocks == blocks
     del view
     reader.close()

@@ -11,7 +11,7 @@ import pytest
 
 from shm import RingReader, RingWriter
 from tests.forks import reap
-from tests.shm.rings import pattern, send
+from tests.shm.rings import pattern, populated, send
 
 MIB = 1 << 20
 
@@ -80,6 +80,7 @@ def test_a_reader_lets_go_after_its_last_view_and_unlocks_after_that(watcher: Wa
     del part
     gc.collect()
     (let_go,) = notes.ends
+    populated()
     assert notes.mapped()
     assert writer.reader_alive(column)  # whoever has the memory still in use has its lock
     notes.ends.clear()
