@@ -289,6 +289,7 @@ class Exchange:
             return
         link, welcome = self.roster.welcome(route, greeting)
         self._post(route, welcome)
+        self.roster.enter(link)
         self._begin(link)
 
     def _greet_successors(self) -> None:

@@ -72,7 +72,9 @@ class Roster:
         return f"the name {holder.peer.name!r} is taken by {by} since {seconds:.0f} s"
 
     def welcome(self, route: Route, hello: Hello) -> tuple[Link, Welcome]:
-        """Make the link of a hello that was judged good; the welcome is still to be sent."""
+        """Make the link of a hello that was judged good. The welcome is still to be sent, the link then to be
+        entered: another thread that found it before could send in it what the peer does not know yet.
+        """
         address = self._wire.address(route.socket)
         peer = Peer(secrets.randbits(63), hello.name, hello.pid, address)
         link = self._link(route, peer, hello)
@@ -86,7 +88,16 @@ class Roster:
             raise ProtocolError("the number of the link is not new")
         address = self._wire.address(route.socket)
         peer = Peer(welcome.link, welcome.name, welcome.pid, address, dialled=True)
-        return self._link(route, peer, welcome)
+        link = self._link(route, peer, welcome)
+        self.enter(link)
+        return link
+
+    def enter(self, link: Link) -> None:
+        """From now on it is found, by every thread."""
+        name = link.peer.name
+        with self._lock:
+            self._by_name[name] = self._by_route[link.route] = link
+            self._left.pop(name, None)
 
     @staticmethod
     def refusal(greeting: Greeting, reason: str) -> Refused:
@@ -105,7 +116,7 @@ class Roster:
         return window, patience, self._accepts, window_bytes, in_ring, own_mark()
 
     def _link(self, route: Route, peer: Peer, greeting: Hello | Welcome) -> Link:
-        link = Link(
+        return Link(
             self._wire,
             route,
             peer,
@@ -117,10 +128,6 @@ class Roster:
             accepts=greeting.accepts,
             process=recognise(greeting.pid, greeting.process) if on_this_host(peer.address) else None,
         )
-        with self._lock:
-            self._by_name[peer.name] = self._by_route[route] = link
-            self._left.pop(peer.name, None)
-        return link
 
     # ------------------------------------------------------------------ finding
 

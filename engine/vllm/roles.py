@@ -324,10 +324,11 @@ class Core(_Party):
         if self._expected:
             prefix = _WORKER.format(os.getpid(), "")
             there = [peer.name for peer in self.endpoint.peers if peer.name.startswith(prefix)]
+            fronts = list(self._fronts)  # another may link, in another thread, before the end of this
             for name in there:
-                if self._told.get(name) != len(self._fronts):
-                    self.endpoint.try_send({"fronts": list(self._fronts)}, to=name)
-                    self._told[name] = len(self._fronts)
+                if self._told.get(name) != len(fronts):
+                    self.endpoint.try_send({"fronts": fronts}, to=name)
+                    self._told[name] = len(fronts)
             self._workers = there
             waiting = len(there) < self._expected and self._is_young()
         self._report()

@@ -464,6 +464,28 @@ def test_until_a_worker_maps_its_engines_ring_it_is_not_linked(address: str) -> 
         core.close()
 
 
+def test_a_worker_hears_of_a_front_end_that_links_while_it_is_told(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = Core(settings(), 0, [address], workers=1)
+    told: list[object] = []
+
+    def try_send(body: dict[str, object], to: str) -> None:  # noqa: ARG001
+        told.append(body)
+        core._linked("another", "front-2")  # as the thread does that dials it
+
+    try:
+        core.mailbox._closed.set()  # nobody else looks
+        core.mailbox._thread.join(30)
+        with joined(core.endpoint, f"worker-{os.getpid()}-1", core.settings.transport):
+            monkeypatch.setattr(core.endpoint, "try_send", try_send)
+            core.look()
+            core.look()
+        assert told == [{"fronts": []}, {"fronts": ["another"]}]
+    finally:
+        core.close()
+
+
 def test_workers_that_never_come_are_not_looked_for_again_and_again(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -332,6 +332,25 @@ def test_both_directions_at_once(front: transport.Endpoint) -> None:
         asking.result(WAIT)
 
 
+def test_nobody_sends_in_a_link_before_its_welcome(
+    front: transport.Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a thread does that looks for new peers while another handles their greeting."""
+    post = front._exchange._post
+
+    def late(route: Any, message: Any) -> None:
+        with pytest.raises(transport.PeerGone, match="no peer named 'near'"):
+            pool.submit(front.try_send, {"n": 0}, to="near").result(WAIT)
+        post(route, message)
+
+    with ThreadPoolExecutor() as pool:
+        monkeypatch.setattr(front._exchange, "_post", late)
+        with joined(front, "near", FRAMES) as near:
+            front.send({"n": 1})
+            assert near.receive().body == {"n": 1}
+            assert not near.statistics()["dropped"]
+
+
 # ------------------------------------------------------------------------------------ event loops
 
 
