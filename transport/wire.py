@@ -31,7 +31,7 @@ from transport import addresses, curve
 from transport.backends.base import Bytes
 from transport.config import TransportConfig
 from transport.curve import Doorkeeper
-from transport.errors import TooLarge, TransportError
+from transport.errors import Closed, TooLarge, TransportError
 
 _ROUTER, _DEALER = zmq.SocketType.ROUTER, zmq.SocketType.DEALER
 _MORE = zmq.SNDMORE | zmq.NOBLOCK
@@ -213,6 +213,8 @@ class Wire:
 
     def _socket(self, kind: zmq.SocketType, address: str) -> zmq.Socket[bytes]:
         """A socket with its limits, which zmq takes over at bind and connect and not later."""
+        if self._closed:  # by another thread, whose `close` would wait for this socket for ever
+            raise Closed("this endpoint was closed meanwhile")
         config = self._config
         socket = self._context.socket(kind)
         socket.setsockopt(zmq.IPV6, addresses.is_ipv6(address))

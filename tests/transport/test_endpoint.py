@@ -351,6 +351,26 @@ def test_nobody_sends_in_a_link_before_its_welcome(
             assert not near.statistics()["dropped"]
 
 
+@pytest.mark.parametrize("call", ["connect", "listen"])
+def test_an_address_is_not_used_any_more_once_another_thread_has_closed(
+    address: str, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """A socket made after `close` took away the others is one that `close` waits for, without an end."""
+    endpoint = transport.Endpoint("near", FRAMES)
+    wire = endpoint._exchange.wire
+    located = wire._located
+
+    def late(*asked: Any, **how: Any) -> str:
+        where = located(*asked, **how)  # which may take as long as the system's resolver
+        pool.submit(endpoint.close).result(WAIT)
+        return where
+
+    with ThreadPoolExecutor() as pool:
+        monkeypatch.setattr(wire, "_located", late)
+        with pytest.raises(transport.Closed):
+            getattr(endpoint, call)(address)
+
+
 # ------------------------------------------------------------------------------------ event loops
 
 
