@@ -172,7 +172,8 @@ class Exchange:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     break
-                self.wire.wait(left)
+                # As often as others look: another thread may have handled what this one goes to sleep for.
+                self.wire.wait(min(left, self.departures.nap))
                 self.check()
         finally:
             with self._pumping:  # another thread may just be handling the answer
@@ -314,6 +315,7 @@ class Exchange:
             except ProtocolError as error:
                 answer = Refused(answer.nonce, str(error))
         self._dialling[route.socket] = answer.nonce, answer
+        self.wire.wake()  # another thread may be the one that dialled
 
     def _begin(self, link: Link) -> None:
         self.config.emit("link.begun", peer=link.peer.name)

@@ -371,6 +371,28 @@ def test_an_address_is_not_used_any_more_once_another_thread_has_closed(
             getattr(endpoint, call)(address)
 
 
+def test_who_dials_hears_of_an_answer_that_another_thread_handled(
+    front: transport.Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where one thread receives and another connects: nothing is left then that would wake the latter."""
+    near = transport.Endpoint("near", FRAMES)
+    wait = near._exchange.wire.wait
+
+    def handle() -> None:
+        while not near.peers:
+            front.statistics()
+        near.statistics()  # also what woke whoever was asleep
+
+    def late(left: float) -> None:
+        pool.submit(handle).result(WAIT)
+        wait(left)
+
+    with ThreadPoolExecutor() as pool, near:
+        monkeypatch.setattr(near._exchange.wire, "wait", late)
+        connecting = pool.submit(near.connect, front.addresses[0], timeout=10 * WAIT)
+        assert connecting.result(WAIT) == "front"
+
+
 # ------------------------------------------------------------------------------------ event loops
 
 
