@@ -82,8 +82,8 @@ class Departures:
         return True
 
     def has_failed(self, socket: int) -> bool:
-        """Whether the connection of a socket that is dialling ended; said once."""
-        return self._suspects.pop(socket, None) is not None
+        """Whether the connection of a socket that is dialling ended."""
+        return socket in self._suspects  # still, should another thread just make its link
 
     def is_alive(self, link: Link) -> bool:
         """Whether nothing tells that a peer is dead or its connection gone."""

@@ -393,6 +393,32 @@ def test_who_dials_hears_of_an_answer_that_another_thread_handled(
         assert connecting.result(WAIT) == "front"
 
 
+def test_a_link_whose_connection_ends_at_once_is_not_kept(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread handles the welcome and hears of the end just after who dials looked for an answer."""
+    front, near = transport.listen(address, config=FRAMES), transport.Endpoint("near", FRAMES)
+    departures = near._exchange.departures
+    has_failed = departures.has_failed
+    monkeypatch.setattr(front._exchange, "_say_goodbye", lambda: None)  # as who is killed
+
+    def handle() -> None:
+        while not front.peers:
+            pass
+        front.close()
+        while not near.peers or not departures._suspects:
+            near.statistics()
+
+    def late(socket: int) -> bool:
+        pool.submit(handle).result(WAIT)
+        return has_failed(socket)
+
+    with ThreadPoolExecutor() as pool, near, front:
+        monkeypatch.setattr(departures, "has_failed", late)
+        near.connect(address)
+        left(near)
+
+
 # ------------------------------------------------------------------------------------ event loops
 
 
