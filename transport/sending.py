@@ -117,6 +117,11 @@ class Sender:
 
     def offer_to(self, link: Link) -> None:
         """Let a peer prove that it can read what the backend puts."""
+        self._offer(link)
+        if link.ended:  # in another thread, which may have forgotten it before there was an offer
+            self.forget(link)
+
+    def _offer(self, link: Link) -> None:
         backend = self.outbound.reads(link.peer)
         self._offered[link.peer.link] = backend, time.monotonic()
         try:
@@ -154,8 +159,11 @@ class Sender:
         late = [link for link in links if self.outbound.wants_offer(link.peer, sizes)]
         while late := [link for link in late if self._may_answer(link, sizes)]:
             # Since the offer, not since this call: who never answers delays one message, not every one.
-            asked = max(self._offered[link.peer.link][1] for link in late)
-            patience = asked + self._config.admission_timeout
+            offers = [self._offered.get(link.peer.link) for link in late]
+            asked = [when for _, when in filter(None, offers)]
+            if not asked:  # the links have just ended, in another thread
+                continue
+            patience = max(asked) + self._config.admission_timeout
             left = min(deadline, patience) - time.monotonic()
             if left <= 0:
                 if patience <= time.monotonic():
@@ -167,7 +175,7 @@ class Sender:
 
     def _may_answer(self, link: Link, sizes: Sequence[int]) -> bool:
         """Whether an offer to a link waits for its answer, offered now where it has to be."""
-        if link.ended:  # an offer now would be forgotten by nobody
+        if link.ended:
             return False
         if self._wants_first_offer(link, sizes):
             self.offer_to(link)

@@ -419,6 +419,32 @@ def test_a_link_whose_connection_ends_at_once_is_not_kept(
         left(near)
 
 
+@pytest.mark.parametrize("moment", ["reads", "wants_offer"])
+def test_a_peer_that_leaves_while_another_thread_offers_it_the_ring(
+    address: str, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    config = transport.TransportConfig(backend="shm", ring_bytes=4 << 20, inline_below=1, timeout=WAIT)
+    with transport.listen(address, config=config) as front, joined(front, "near", config) as near:
+        sender = front._exchange.sender
+        asked = getattr(sender.outbound, moment)
+        calls = []
+
+        def late(*arguments: Any) -> Any:
+            answer = asked(*arguments)
+            calls.append(arguments)
+            if len(calls) == (1 if moment == "reads" else 3):  # it is offered, or its answer is waited for
+                near.close()
+                pool.submit(left, front).result(WAIT)
+            return answer
+
+        with ThreadPoolExecutor() as pool:
+            monkeypatch.setattr(sender.outbound, moment, late)
+            with pytest.raises(transport.PeerGone):
+                front.send({"x": noise(300_000)}, to="near")
+        assert not sender._offered
+        assert not sender.outbound._offered
+
+
 # ------------------------------------------------------------------------------------ event loops
 
 
