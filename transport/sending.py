@@ -63,6 +63,7 @@ class Sender:
         self._wait = wait
         self._parting: dict[int, threading.Lock] = {}
         self._offering = False
+        self._claiming = threading.Lock()
         self._offered: dict[
             int, tuple[str, float]
         ] = {}  # by link: the last offer, for which inbound and when
@@ -116,14 +117,17 @@ class Sender:
     # ------------------------------------------------------------------ who can read
 
     def offer_to(self, link: Link) -> None:
-        """Let a peer prove that it can read what the backend puts."""
-        self._offer(link)
+        """Let a peer prove that it can read what the backend puts, unless another thread just did."""
+        backend = self.outbound.reads(link.peer)
+        with self._claiming:
+            if self._last_offer(link) == backend:
+                return
+            self._offered[link.peer.link] = backend, time.monotonic()
+        self._offer(link, backend)
         if link.ended:  # in another thread, which may have forgotten it before there was an offer
             self.forget(link)
 
-    def _offer(self, link: Link) -> None:
-        backend = self.outbound.reads(link.peer)
-        self._offered[link.peer.link] = backend, time.monotonic()
+    def _offer(self, link: Link, backend: str) -> None:
         try:
             offer = self.outbound.offer(link.peer)
         except TransportError:
@@ -150,8 +154,11 @@ class Sender:
         """One offer for each link and inbound: a peer that does not read must not find thousands of them."""
         if not self.outbound.wants_offer(link.peer, sizes):
             return False
-        last, _ = self._offered.get(link.peer.link, ("", 0.0))
-        return last != self.outbound.reads(link.peer)
+        return self._last_offer(link) != self.outbound.reads(link.peer)
+
+    def _last_offer(self, link: Link) -> str:
+        """For which inbound a link was made its last offer; "" when it was made none."""
+        return self._offered.get(link.peer.link, ("", 0.0))[0]
 
     def _introduce(self, links: Sequence[Link], sources: Sequence[Source], deadline: float) -> None:
         """Offer where a proof is wanted, and wait for the answers for a bounded time."""

@@ -441,8 +441,41 @@ def test_a_peer_that_leaves_while_another_thread_offers_it_the_ring(
             monkeypatch.setattr(sender.outbound, moment, late)
             with pytest.raises(transport.PeerGone):
                 front.send({"x": noise(300_000)}, to="near")
-        assert not sender._offered
-        assert not sender.outbound._offered
+        outbound: Any = sender.outbound
+        assert (sender._offered, outbound._offered) == ({}, {})
+
+
+@pytest.mark.parametrize("backend", ["shm", "tcp"])
+def test_two_threads_that_send_first_make_one_offer(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one is refused, and with that a peer gave up the bulk connection that the first one made."""
+    config = transport.TransportConfig(backend=backend, inline_below=1, timeout=WAIT)
+    with transport.listen("tcp://127.0.0.1:0", config=config) as front, joined(front, "near", config) as near:
+        sender = front._exchange.sender
+        wants, tell = sender._wants_first_offer, front._exchange.roster.links()[0].tell
+        both = threading.Barrier(2)
+        told = []
+
+        def late(*arguments: Any) -> bool:
+            wanted = wants(*arguments)
+            if wanted:
+                both.wait(WAIT)
+            return wanted
+
+        def counted(message: Any) -> bool:
+            told.append(type(message).__name__)
+            return tell(message)
+
+        pumped = Pumped(near)
+        with ThreadPoolExecutor() as pool:
+            monkeypatch.setattr(sender, "_wants_first_offer", late)
+            monkeypatch.setattr(front._exchange.roster.links()[0], "tell", counted)
+            sending = [pool.submit(front.send, {"x": noise(300_000)}, to="near") for _ in range(2)]
+            for future in sending:
+                future.result(WAIT)
+        assert told.count("Offered") == 1
+        for _ in range(2):
+            pumped.next()
+        pumped.stop()
 
 
 # ------------------------------------------------------------------------------------ event loops
