@@ -470,7 +470,7 @@ def test_a_worker_hears_of_a_front_end_that_links_while_it_is_told(
     core = Core(settings(), 0, [address], workers=1)
     told: list[object] = []
 
-    def try_send(body: dict[str, object], to: str) -> None:  # noqa: ARG001
+    def try_send(body: dict[str, object], to: str) -> None:
         told.append(body)
         core._linked("another", "front-2")  # as the thread does that dials it
 
