@@ -42,7 +42,10 @@ class HostMemory(Protocol):
 
 
 class Registered(NamedTuple):
-    """Rings that are mapped here, bytes of them that are registered, and why no more are ("": all are)."""
+    """Rings that are mapped here, bytes of them that are registered, and why no more are ("": all are).
+
+    A ring that nobody uses any more counts until it is unmapped.
+    """
 
     rings: int
     nbytes: int
@@ -74,9 +77,10 @@ class Registrar:
     """Knows the rings of a process and, once started, registers them in a thread of its own."""
 
     def __init__(self) -> None:
-        # Nothing here is guarded by a lock, since rings end in finalizers: one dictionary, whose single
-        # operations are whole, and one queue that may be put to from anywhere.
+        # Nothing here is guarded by a lock, since rings end in finalizers: a dictionary and a set, whose
+        # single operations are whole, and one queue that may be put to from anywhere.
         self._rings: dict[int, _Ring] = {}
+        self._leaving: set[_Ring] = set()  # not used any more, and not yet unmapped
         self._queue: queue.SimpleQueue[tuple[_Ring, Callable[[], None] | None]] = queue.SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -109,12 +113,13 @@ class Registrar:
 
     def forget(self, ring: _Ring, let_go: Callable[[], None]) -> None:
         """A ring's data is not used any more: unregister it, then let it go. For finalizers."""
-        # Taken out first: `start` sets the thread and then looks at the rings, so that either it does not
-        # see this one or this sees the thread.
+        self._leaving.add(ring)
+        # Taken out before the thread is looked at: `start` sets the thread and then looks at the rings, so
+        # that either it does not see this one or this sees the thread.
         if self._rings.get(ring.address) is ring:
             del self._rings[ring.address]
         if self._thread is None:
-            let_go()
+            self._let_go(ring, let_go)
         else:
             self._queue.put((ring, let_go))
 
@@ -138,8 +143,12 @@ class Registrar:
 
     def state(self) -> Registered:
         """What is registered now, for people and tests."""
-        rings = list(self._rings.values())
+        rings = {*list(self._rings.values()), *list(self._leaving)}
         return Registered(len(rings), sum(ring.registered for ring in rings), self._refused)
+
+    def _let_go(self, ring: _Ring, let_go: Callable[[], None]) -> None:
+        let_go()
+        self._leaving.discard(ring)
 
     # ------------------------------------------------------------------ in the thread
 
@@ -156,7 +165,7 @@ class Registrar:
                     self._register(memory, ring)
             else:
                 self._unregister(memory, ring)
-                let_go()
+                self._let_go(ring, let_go)
             del ring, let_go
 
     def _register(self, memory: HostMemory, ring: _Ring) -> None:

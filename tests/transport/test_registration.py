@@ -138,9 +138,9 @@ def test_unregistered_before_it_is_unmapped_and_then_forgotten(registrar: Regist
     assert mapped(pair.readers_address)
     del view
     gc.collect()
-    until(lambda: not memory.ranges, "nothing is registered")
-    until(lambda: not mapped(pair.readers_address), "it is unmapped")
-    assert registrar.state().rings == 0
+    until(lambda: not registrar.state().rings, "it is unmapped")
+    assert not memory.ranges
+    assert not mapped(pair.readers_address)
     # The kernel is free to map the next one there: this has to be possible, time and again.
     for _ in range(5):
         again = Pair(registrar, 2 * MIB)
@@ -175,9 +175,12 @@ def test_a_ring_that_ends_while_it_is_being_registered(registrar: Registrar, mem
     pair.close()
     gc.collect()
     assert mapped(pair.readers_address)
+    assert registrar.state().rings == 2
     memory.go_on.set()
-    until(lambda: not mapped(pair.readers_address), "the reader's is unmapped")
-    until(lambda: not memory.ranges, "nothing is registered")  # the writer's turn comes after
+    until(lambda: not registrar.state().rings, "both are unmapped")
+    assert not mapped(pair.readers_address)
+    assert not mapped(pair.writers_address)
+    assert not memory.ranges
     kinds = [kind for kind, address, _, _ in memory.calls if address == pair.readers_address]
     assert kinds == ["register", "unregister"]
 
