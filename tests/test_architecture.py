@@ -45,6 +45,7 @@ RANKS: dict[str, list[set[str]]] = {
         {"backends.cuda", "backends.tcp"},
         {"backends.auto", "roster"},
         {"departures", "lateness", "received"},
+        {"introducing"},
         {"sending"},
         {"receiving"},
         {"exchange"},

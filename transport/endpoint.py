@@ -261,7 +261,7 @@ class Endpoint:
         if nbytes:
             try:
                 buffer = exchange.sender.lend(nbytes, timeout)
-                exchange.sender.offer_to_all()
+                exchange.sender.introductions.offer_to_all()
             except Exception:
                 exchange.check()  # as in `send`
                 raise

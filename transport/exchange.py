@@ -321,7 +321,7 @@ class Exchange:
         self.config.emit("link.begun", peer=link.peer.name)
         if self._announced:
             link.tell(Attached(link.peer.link, list(self._announced)))
-        self.sender.greet(link)
+        self.sender.introductions.greet(link)
 
     def _accept(self, link: Link, offered: Offered) -> None:
         inbound = self.receiver.inbounds.get(offered.backend)

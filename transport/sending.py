@@ -14,19 +14,19 @@ import msgspec
 
 from transport import codec
 from transport.assembly import Slice, Span, plan
-from transport.backends.base import Bytes, Load, NoParcel, Outbound, Parcel, Peer, Refusal
+from transport.backends.base import Bytes, Load, NoParcel, Outbound, Parcel, Peer
 from transport.config import TransportConfig
 from transport.errors import Full, PeerGone, Timeout, TooLarge, TransportError, detached
+from transport.introducing import Introductions
 from transport.lateness import Lateness
 from transport.link import Build, Link
-from transport.message import Abandon, Data, Offered, Part, Piece, Reference
+from transport.message import Abandon, Data, Part, Piece, Reference
 from transport.roster import Roster
 from transport.tensors import Source, TensorSpec
 from transport.waiting import Poll, attempts
 
 PARTS = "parts"  # the backend name of a tensor that came in parts
 _NOTHING = NoParcel(Load([]))
-_ANSWER_NAP = 5e-3
 _PARTS_AT_LEAST = 4  # of what may be put at once, so that parts pass beside what the peer still holds
 _PING_EVERY = 1.0
 
@@ -60,15 +60,10 @@ class Sender:
         self._roster = roster
         self.outbound = outbound
         self._pump = pump
-        self._wait = wait
         self._parting: dict[int, threading.Lock] = {}
-        self._offering = False
-        self._claiming = threading.Lock()
-        self._offered: dict[
-            int, tuple[str, float]
-        ] = {}  # by link: the last offer, for which inbound and when
         self._pinged = 0.0
         self.lateness = Lateness(config, roster, outbound)
+        self.introductions = Introductions(config, roster, outbound, self.lateness, pump, wait)
         self.counts: Counter[str] = Counter()
 
     def send(self, body: object, names: Sequence[str], timeout: float) -> None:
@@ -91,7 +86,7 @@ class Sender:
         sources, nbytes = encoded.sources, encoded.nbytes
         parcel: Parcel = _NOTHING
         if sources:
-            self._introduce(links, sources, deadline)
+            self.introductions.introduce(links, _sizes(sources), deadline)
             if nbytes > self._limit(links):
                 self._send_in_parts(encoded, links, deadline, failed)
                 return
@@ -113,80 +108,6 @@ class Sender:
         self.counts["handed on"] += handles
         _report(names, failed)
         return handles
-
-    # ------------------------------------------------------------------ who can read
-
-    def offer_to(self, link: Link) -> None:
-        """Let a peer prove that it can read what the backend puts, unless another thread just did."""
-        backend = self.outbound.reads(link.peer)
-        with self._claiming:
-            if self._last_offer(link) == backend:
-                return
-            self._offered[link.peer.link] = backend, time.monotonic()
-        self._offer(link, backend)
-        if link.ended:  # in another thread, which may have forgotten it before there was an offer
-            self.forget(link)
-
-    def _offer(self, link: Link, backend: str) -> None:
-        try:
-            offer = self.outbound.offer(link.peer)
-        except TransportError:
-            return  # the backend remembers why, and says it in `explain`
-        self._offering = True
-        if backend not in link.accepts:
-            self.outbound.admit(link.peer, Refusal(f"the peer does not read {backend}"))
-            return
-        link.tell(Offered(link.peer.link, backend, offer))
-        self._config.emit("admission.offered", peer=link.peer.name)
-
-    def greet(self, link: Link) -> None:
-        """A link was made: offer at once what others were offered, so that no message waits for it."""
-        if self._offering and self._wants_first_offer(link, [self._config.max_message_bytes]):
-            self.offer_to(link)
-
-    def offer_to_all(self) -> None:
-        """Offer to every peer that may soon be sent what is being made now."""
-        for link in self._roster.links():
-            if self._wants_first_offer(link, [self._config.max_message_bytes]):
-                self.offer_to(link)
-
-    def _wants_first_offer(self, link: Link, sizes: Sequence[int]) -> bool:
-        """One offer for each link and inbound: a peer that does not read must not find thousands of them."""
-        if not self.outbound.wants_offer(link.peer, sizes):
-            return False
-        return self._last_offer(link) != self.outbound.reads(link.peer)
-
-    def _last_offer(self, link: Link) -> str:
-        """For which inbound a link was made its last offer; "" when it was made none."""
-        return self._offered.get(link.peer.link, ("", 0.0))[0]
-
-    def _introduce(self, links: Sequence[Link], sources: Sequence[Source], deadline: float) -> None:
-        """Offer where a proof is wanted, and wait for the answers for a bounded time."""
-        sizes = [source.nbytes for source in sources]
-        late = [link for link in links if self.outbound.wants_offer(link.peer, sizes)]
-        while late := [link for link in late if self._may_answer(link, sizes)]:
-            # Since the offer, not since this call: who never answers delays one message, not every one.
-            offers = [self._offered.get(link.peer.link) for link in late]
-            asked = [when for _, when in filter(None, offers)]
-            if not asked:  # the links have just ended, in another thread
-                continue
-            patience = max(asked) + self._config.admission_timeout
-            left = min(deadline, patience) - time.monotonic()
-            if left <= 0:
-                if patience <= time.monotonic():
-                    wait = f"a send waited {self._config.admission_timeout:g} s, and goes on without,"
-                    self.lateness.say("the answer to the offer of the ring", late, wait)
-                return  # the backend goes without, or says who has not answered
-            self._wait(min(_ANSWER_NAP, left))
-            self._pump()
-
-    def _may_answer(self, link: Link, sizes: Sequence[int]) -> bool:
-        """Whether an offer to a link waits for its answer, offered now where it has to be."""
-        if link.ended:
-            return False
-        if self._wants_first_offer(link, sizes):
-            self.offer_to(link)
-        return link.peer.link in self._offered and self.outbound.wants_offer(link.peer, sizes)
 
     # ------------------------------------------------------------------ put and deliver
 
@@ -375,7 +296,7 @@ class Sender:
             if message.store_of(reference) not in link.stores
         ]
         sources = [message.source(index) for index in own]
-        self._introduce([link], sources, deadline)
+        self.introductions.introduce([link], _sizes(sources), deadline)
         if _total(sources) > self._limit([link]):
             everything = [message.source(index) for index in range(len(message.references))]
             self._send_to(codec.Encoded(message.encoded, everything), [link], deadline, failed)
@@ -389,8 +310,7 @@ class Sender:
     def forget(self, link: Link) -> None:
         """The link has ended."""
         self._parting.pop(link.peer.link, None)
-        self._offered.pop(link.peer.link, None)
-        self.outbound.drop(link.peer)
+        self.introductions.forget(link)
 
 
 class _HandedOn(Parcel):
@@ -423,8 +343,12 @@ class _HandedOn(Parcel):
         self._parcel.abandon()
 
 
+def _sizes(sources: Sequence[Source]) -> list[int]:
+    return [source.nbytes for source in sources]
+
+
 def _total(sources: Sequence[Source]) -> int:
-    return sum([source.nbytes for source in sources])
+    return sum(_sizes(sources))
 
 
 def _data(body: bytes, specs: Sequence[TensorSpec], load: Load) -> Build:

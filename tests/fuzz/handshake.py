@@ -244,4 +244,4 @@ class Handshake:
         assert not inbound._proved  # type: ignore[attr-defined]
         assert not inbound._identities  # type: ignore[attr-defined]
         assert not self._exchange.receiver._assemblies
-        assert not self._exchange.sender._offered
+        assert not self._exchange.sender.introductions._offers

@@ -442,7 +442,7 @@ def test_a_peer_that_leaves_while_another_thread_offers_it_the_ring(
             with pytest.raises(transport.PeerGone):
                 front.send({"x": noise(300_000)}, to="near")
         outbound: Any = sender.outbound
-        assert (sender._offered, outbound._offered) == ({}, {})
+        assert (sender.introductions._offers, outbound._offered) == ({}, {})
 
 
 @pytest.mark.parametrize("backend", ["shm", "tcp"])
@@ -451,7 +451,7 @@ def test_two_threads_that_send_first_make_one_offer(backend: str, monkeypatch: p
     config = transport.TransportConfig(backend=backend, inline_below=1, timeout=WAIT)
     with transport.listen("tcp://127.0.0.1:0", config=config) as front, joined(front, "near", config) as near:
         sender = front._exchange.sender
-        wants, tell = sender._wants_first_offer, front._exchange.roster.links()[0].tell
+        wants, tell = sender.introductions._wants_first, front._exchange.roster.links()[0].tell
         both = threading.Barrier(2)
         told = []
 
@@ -467,7 +467,7 @@ def test_two_threads_that_send_first_make_one_offer(backend: str, monkeypatch: p
 
         pumped = Pumped(near)
         with ThreadPoolExecutor() as pool:
-            monkeypatch.setattr(sender, "_wants_first_offer", late)
+            monkeypatch.setattr(sender.introductions, "_wants_first", late)
             monkeypatch.setattr(front._exchange.roster.links()[0], "tell", counted)
             sending = [pool.submit(front.send, {"x": noise(300_000)}, to="near") for _ in range(2)]
             for future in sending:
