@@ -19,7 +19,7 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from enum import Enum
 from importlib import metadata
@@ -323,11 +323,48 @@ def _request_came(original: Callable[..., Any], engine: Any, *arguments: Any, **
         if lost:
             name = getattr(request, "request_id", "?")
             raise RuntimeError(f"tensors of request {name} are lost: {'; '.join(lost)}")
-        return original(engine, *arguments, **named)
+        handed = original(engine, *arguments, **named)
     except Exception:
         with Harmless("the cache of images", tensors=False):
             _cache_what_is_whole(engine, request)
         raise
+    with Harmless("the end of a request", tensors=False):
+        return _let_go_later(request, handed)
+    return handed
+
+
+def _let_go_later(request: Any, handed: Any) -> Any:
+    """vLLM's input thread keeps its last request, and with that the images, until the next one comes, however
+    long it idles. What it keeps here leads to no image once the engine has the request.
+
+    request: as it was decoded. handed: (the engine's own request, its wave), or what is not known.
+    """
+    if not isinstance(handed, tuple) or not getattr(next(iter(handed), None), "mm_features", None):
+        return handed
+    passing = _Passing(*handed)
+    request.mm_features = None
+    return passing
+
+
+class _Passing(Sequence[Any]):
+    """A tuple that forgets its first thing when it is unpacked, unless somebody else keeps that."""
+
+    def __init__(self, first: Any, *rest: Any) -> None:
+        self._first: Any = first
+        self._kept = weakref.ref(first)
+        self._rest = rest
+
+    def __iter__(self) -> Iterator[Any]:
+        whole = self[:]
+        self._first = None
+        return iter(whole)
+
+    def __getitem__(self, index: Any) -> Any:
+        first = self._kept() if self._first is None else self._first
+        return (first, *self._rest)[index]
+
+    def __len__(self) -> int:
+        return 1 + len(self._rest)
 
 
 def _cache_what_is_whole(engine: Any, request: Any) -> None:

@@ -330,7 +330,9 @@ class Core(_Party):
                     self.endpoint.try_send({"fronts": fronts}, to=name)
                     self._told[name] = len(fronts)
             self._workers = there
-            waiting = len(there) < self._expected and self._is_young()
+            # Workers map a front end's ring when they have heard of it: the sooner, the fewer copies.
+            complete = len(there) == self._expected and len(fronts) == len(self._addresses)
+            waiting = not complete and self._is_young()
         self._report()
         self.counts.save(peers={peer.name: peer.backend for peer in self.endpoint.peers})
         return waiting

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
@@ -136,6 +137,41 @@ def test_a_lost_tensor_fails_its_request_alone() -> None:
     with pytest.raises(RuntimeError, match=r"request r-1 are lost: tensor 3 of front-1"):
         vllm_plugin._request_came(lambda *_: "added", engine, _Request())
     assert vllm_plugin._request_came(lambda *_: "added", engine, _Request()) == "added"
+
+
+def test_what_the_input_thread_keeps_of_its_last_request_leads_to_no_image() -> None:
+    """It has the request as it was decoded, and what it put into its queue, until the next one comes."""
+
+    class Scheduled:
+        def __init__(self, request: _Request) -> None:
+            self.mm_features = request.mm_features
+
+    engine = types.SimpleNamespace(tensor_ipc_receiver=vllm_plugin._Provider(_Gone()))
+    request, pixels = _Request(), torch.zeros(3)
+    request.mm_features = [_feature("a", pixels=pixels)]
+    there = weakref.ref(pixels)
+    del pixels
+    handed = vllm_plugin._request_came(lambda _, request: (Scheduled(request), 7), engine, request)
+    assert (len(handed), handed[1], handed[-1]) == (2, 7, 7)
+    scheduled, wave = handed
+    assert wave == 7
+    assert handed[0] is scheduled
+    assert list(vllm_plugin._tensors_of(scheduled)) == [there()]
+    del scheduled
+    assert there() is None
+    assert list(handed) == [None, 7]
+
+
+@pytest.mark.parametrize("handed", ["added", (_Request(), 7), ()])
+def test_what_is_not_as_known_is_handed_to_the_engine_as_it_is(
+    handed: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = types.SimpleNamespace(tensor_ipc_receiver=vllm_plugin._Provider(_Gone()))
+    request = _Request()
+    request.mm_features = features = [_feature("a")]
+    assert vllm_plugin._request_came(lambda *_: handed, engine, request) is handed
+    assert request.mm_features is features
+    assert not caplog.records
 
 
 class _ReceiverCache:

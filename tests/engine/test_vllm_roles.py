@@ -479,8 +479,8 @@ def test_a_worker_hears_of_a_front_end_that_links_while_it_is_told(
         core.mailbox._thread.join(30)
         with joined(core.endpoint, f"worker-{os.getpid()}-1", core.settings.transport):
             monkeypatch.setattr(core.endpoint, "try_send", try_send)
-            core.look()
-            core.look()
+            assert core.look(), "it looks again soon while a front end is missing"
+            assert not core.look()
         assert told == [{"fronts": []}, {"fronts": ["another"]}]
     finally:
         core.close()

@@ -16,6 +16,7 @@ from typing import Any
 from bench.hops.asking import answer, prompts, ways
 
 _SAVED_WITHIN = 60.0  # seconds; else a process has ended, and its counters are lost
+_MAPPED_WITHIN = 30.0
 
 
 def arguments(options: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +43,33 @@ def arguments(options: dict[str, Any]) -> dict[str, Any]:
 def result(said: list[Any], counted: dict[str, list[int]]) -> str:
     """The line by which the one who started this program gets what it wants."""
     plugin = "engine.vllm_plugin" in sys.modules
-    return "RESULT " + json.dumps({"said": said, "ways": counted, "plugin": plugin})
+    held = sum(ring.live for ring in rings())
+    return "RESULT " + json.dumps({"said": said, "ways": counted, "plugin": plugin, "held": held})
+
+
+def fronts() -> list[Any]:
+    """The plugin's front ends in this process."""
+    plugin = sys.modules.get("engine.vllm_plugin")
+    return list(plugin._fronts) if plugin else []
+
+
+def rings() -> list[Any]:
+    """What their rings have in them."""
+    found = [front.endpoint.statistics()["backend"].get("ring") for front in fronts()]
+    return [ring for ring in found if ring is not None]
+
+
+def await_workers(options: dict[str, Any]) -> None:
+    """Until the workers map the front end's ring, which takes them longest; not for ever: some never do."""
+    each = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
+    workers = each * options.get("data_parallel_size", 1)
+    deadline = time.monotonic() + _MAPPED_WITHIN
+    for front in fronts() if workers > 1 else ():
+        while time.monotonic() < deadline:
+            if sum(name.startswith("worker") for name in front.admitted()) == workers:
+                time.sleep(0.5)  # until their EngineCores know
+                break
+            time.sleep(0.05)
 
 
 def child(name: str) -> int:
@@ -90,6 +117,7 @@ def offline(options: dict[str, Any], batches: list[list[dict[str, Any]]], kill: 
     from vllm import LLM, SamplingParams
 
     llm = LLM(**options)
+    await_workers(options)
     said: list[Any] = []
     for batch in batches:
         outputs = llm.generate(batch, SamplingParams(max_tokens=2, temperature=0, logprobs=3), use_tqdm=False)
@@ -116,6 +144,7 @@ async def served(options: dict[str, Any], batches: list[list[dict[str, Any]]]) -
     from vllm.v1.engine.async_llm import AsyncLLM
 
     llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
+    await asyncio.to_thread(await_workers, options)
     params = SamplingParams(max_tokens=2, temperature=0, logprobs=3)
 
     async def ask(prompt: dict[str, Any], name: str) -> list[Any]:

@@ -37,6 +37,7 @@ def test_offline(model: Path) -> None:
     result = run(model, additional_config=ferry())
     assert result["said"] == said
     assert result["ways"] == {RING_1: [8, 8 * TENSOR]}
+    assert result["held"] == 0, "an engine that idles keeps no image"
 
 
 def test_copied_out_above_the_fill_level(model: Path) -> None:
@@ -88,6 +89,7 @@ def test_workers_get_handles(model: Path, kind: str) -> None:
     assert result["said"] == stock(model, **options)
     assert result["ways"][RING_1] == [8, 8 * TENSOR]
     handed_on(result["ways"], tensors=8, readers=2)
+    assert result["held"] == 0
 
 
 def test_data_parallel(model: Path) -> None:
