@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error.format_message())
         return _USAGE
     except click.ClickException as error:
-        _say(error.format_message())
+        _say(error.format_message() + _where_to_look(error))
         return error.exit_code
     except ConfigError as error:
         _say(str(error))
@@ -265,6 +265,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say(f"standard output can't be written: {error.strerror}")
         return _FAILED
     return code if isinstance(code, int) else 0
+
+
+def _where_to_look(error: click.ClickException) -> str:
+    """Which help tells what there is, of a mistake in the use of a command."""
+    if not isinstance(error, click.UsageError) or error.ctx is None:
+        return ""
+    return f" (see {error.ctx.command_path} --help)"
 
 
 def _output_is_lost() -> bool:

@@ -235,7 +235,14 @@ def _registration() -> Finding:
 
 
 def _leftovers(_config: EngineConfig) -> Iterator[Finding]:
-    dead = [info for info in all_segments() if not info.alive]
+    try:
+        dead = [info for info in all_segments() if not info.alive]
+    except FileNotFoundError:
+        return  # said already
+    except OSError as error:
+        text = f"{shm.DIRECTORY} can't be read: {error.strerror}"
+        yield Finding("segments", "problem", text, f"As root: chmod 1777 {shm.DIRECTORY}")
+        return
     if dead:
         text = f"{len(dead)} of dead processes hold {shm.human(sum(info.nbytes for info in dead))}"
         yield Finding("segments", "note", text, "tensorferry sweep (the next endpoint to start does it, too)")

@@ -76,6 +76,7 @@ def _made() -> tuple[Path, int]:
     tried = []
     for parent in _parents():
         if len(os.fsencode(parent)) + len(f"/{_PREFIX}12345678") > _LONGEST:
+            tried.append(f"{parent}: too long for the path of a socket")
             continue
         try:
             return _made_in(parent)

@@ -65,7 +65,12 @@ class Headless:
             )
             return True
         what = f"{first.name} {first.fate()}"
-        if first.code in (NO_HEAD, 1):
+        if first.code == NO_HEAD:
+            self._failed[rank] = (
+                f"no head in {self._patience:g} s (head_timeout): {first.last_words() or what}"
+            )
+            return False
+        if first.code == 1:
             self._failed[rank] = f"{first.name}: {first.last_words() or first.fate()}"
             return False
         self._restarts[rank] += 1

@@ -12,6 +12,7 @@ the normalisation is that of CLIP (Radford et al., arXiv 2103.00020).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,6 +114,7 @@ def _resolve(path: Path) -> list[Path]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
+    os.listdir(folder)  # raises for one that may not be read, in which `rglob` finds nothing
     files = sorted(
         path
         for path in folder.rglob("*")

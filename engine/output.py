@@ -25,6 +25,13 @@ SUFFIXES = (".safetensors", ".npz")
 
 def check_target(path: Path, *, suffixes: Sequence[str] = ()) -> None:
     """Raise `OutputError` now for what would fail after all the work."""
+    try:
+        _check_target(path, suffixes)
+    except OSError as error:  # a folder on the way may not be entered
+        raise OutputError(f"{path}: {error.strerror}") from error
+
+
+def _check_target(path: Path, suffixes: Sequence[str]) -> None:
     if suffixes and path.suffix not in suffixes:
         raise OutputError(f"{path}: its name must end in {' or '.join(suffixes)}, which chooses the format")
     if path.is_dir():

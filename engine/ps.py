@@ -9,12 +9,13 @@ import click
 
 import shm
 from engine.console import console
-from engine.segments import all_segments, find, records_table, segments_tables
+from engine.segments import all_segments, find, readable, records_table, segments_tables
 
 
 @click.command()
 @click.argument("segment", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; sizes in bytes, times in seconds.")
+@readable()
 def ps(segment: str | None, as_json: bool) -> None:
     """List the segments of this user in /dev/shm, or the records of one SEGMENT.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import click
 from rich import box
@@ -15,8 +15,21 @@ from rich.text import Text
 import shm
 
 
+@contextmanager
+def readable() -> Iterator[None]:
+    """Makes a line for the user of a /dev/shm that is not there, or not this user's to read."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename != str(shm.DIRECTORY):
+            raise
+        raise click.ClickException(
+            f"{shm.DIRECTORY} can't be read: {error.strerror}; `tensorferry doctor` says what to change"
+        ) from error
+
+
 def all_segments() -> list[shm.SegmentInfo]:
-    """What there is to say about every segment of this user."""
+    """What there is to say about every segment of this user; `OSError` as `shm.names`."""
     found = []
     for name in shm.names():
         with suppress(shm.SegmentMissing):  # gone since the listing

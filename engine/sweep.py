@@ -8,11 +8,13 @@ import click
 
 import shm
 from engine import folders
+from engine.segments import readable
 
 
 @click.command()
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@readable()
 def sweep(dry_run: bool, as_json: bool) -> None:
     """Remove the segments and folders of dead processes of this user; a living one's are never touched."""
     names, paths = shm.sweep(dry_run=dry_run), folders.sweep(dry_run=dry_run)

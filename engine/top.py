@@ -20,7 +20,7 @@ from rich.text import Text
 
 import shm
 from engine.console import console
-from engine.segments import all_segments, segments_tables
+from engine.segments import all_segments, readable, segments_tables
 
 INTERVAL = 0.5  # seconds
 _CTRL_C = b"\x03"
@@ -29,6 +29,7 @@ _CONTROL_CHARACTERS = 6  # their place in what tcgetattr returns
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one look as JSON, as `ps --json` does.")
+@readable()
 def top(as_json: bool) -> None:
     """Watch the segments of this user in /dev/shm; `q` or Ctrl-C quits.
 

@@ -12,7 +12,7 @@ from shm.segment import WRITER, is_own_file, is_own_name, open_checked, open_own
 
 
 def names() -> list[str]:
-    """The names of this user's segments here, sorted."""
+    """The names of this user's segments here, sorted. `OSError` where /dev/shm cannot be read."""
     with os.scandir(memory.DIRECTORY) as entries:
         return sorted(entry.name for entry in entries if is_own_name(entry.name) and _is_own(entry))
 

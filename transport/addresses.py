@@ -124,6 +124,13 @@ def _check_ipc(path: str, *, listening: bool) -> None:
         )
     if not listening:
         return
+    try:
+        _check_place(path)
+    except OSError as error:  # a folder on the way may not be entered
+        raise TransportError(f"cannot listen at ipc://{path}: {error.strerror}") from error
+
+
+def _check_place(path: str) -> None:
     folder = Path(path).parent
     if not folder.is_dir():
         raise TransportError(f"cannot listen at ipc://{path}: there is no folder {folder}")
@@ -133,6 +140,20 @@ def _check_ipc(path: str, *, listening: bool) -> None:
     # zmq would take the path away from a living listener.
     if _somebody_listens(path):
         raise TransportError(f"cannot listen at ipc://{path}: somebody is listening there already")
+
+
+def why_nobody(address: str) -> str:
+    """Why nobody is reached at an address, for a person."""
+    if address.startswith("ipc://"):
+        with sockets.socket(sockets.AF_UNIX) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(address.removeprefix("ipc://"))
+            except PermissionError:
+                return f"user {os.geteuid()} may not connect there: both ends have to run as one user"
+            except OSError:
+                pass
+    return "nobody listens there"
 
 
 def _somebody_listens(path: str) -> bool:

@@ -165,7 +165,11 @@ class Kept:
                 if done is not None:
                     self._await(done)
             except cudart.DeviceError as error:  # no copy will ever end on this device
-                _log.error("copies on a device fail, and what they read from is kept: %s", error)
+                _log.error(
+                    "copies on a device fail, and what they read from is kept until this process ends, so"
+                    " restart it: %s",
+                    error,
+                )
                 self._queue.put((done, source))
                 return
             with self._letting_go:

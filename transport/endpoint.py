@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from transport.addresses import UnknownHost
+from transport.addresses import UnknownHost, why_nobody
 from transport.backends.base import Held
 from transport.config import TransportConfig
 from transport.errors import PeerGone, Timeout
@@ -106,7 +106,8 @@ class Endpoint:
         IPv4 is taken, else of IPv6. `Timeout` says whether the name is unknown, nobody listens, or nobody
         answers; `PeerGone` that it refuses. The system's resolver may take longer than `timeout`.
         """
-        deadline = time.monotonic() + _seconds(timeout, self.config.handshake_timeout)
+        seconds = _seconds(timeout, self.config.handshake_timeout)
+        deadline = time.monotonic() + seconds
         while True:
             self._exchange.poll()
             try:
@@ -117,7 +118,7 @@ class Endpoint:
                 return answer.name
             left = deadline - time.monotonic()
             if left <= 0:
-                raise Timeout(f"{self.name!r} could not connect to {address}: {answer}")
+                raise Timeout(f"{self.name!r} could not connect to {address} in {seconds:g} s: {answer}")
             time.sleep(min(nap, left))
 
     def _dial(self, address: str, deadline: float) -> Welcome | str:
@@ -133,7 +134,7 @@ class Endpoint:
             raise PeerGone(f"{address} refuses {self.name!r}: {answer.reason}")
         if exchange.wire.turned_away(address):
             return f"who listens there closes the connection during the handshake: {self._turned_away()}"
-        return "somebody listens there, but does not answer" if reached else "nobody listens there"
+        return "somebody listens there, but does not answer" if reached else why_nobody(address)
 
     def _turned_away(self) -> str:
         """What may be the reason that a handshake is broken off; zmq does not say which."""
@@ -146,7 +147,8 @@ class Endpoint:
 
     def wait_for_peers(self, peers: int | str | Collection[str], *, timeout: float | None = None) -> None:
         """Until that many peers, or the peers of these names, are linked. `Timeout` says who is missing."""
-        deadline = self._deadline(timeout)
+        seconds = _seconds(timeout, self.config.timeout)
+        deadline = time.monotonic() + seconds
         peers = [peers] if isinstance(peers, str) else peers
         while True:
             self._exchange.check()
@@ -159,7 +161,7 @@ class Endpoint:
                 missing = None if isinstance(peers, int) else sorted(set(peers) - there)
                 what = f"{peers} peers" if missing is None else ", ".join(missing)
                 linked = self._exchange.sender.lateness.linked()
-                raise Timeout(f"waited for {what}; linked: {linked}{self._and_left(missing)}")
+                raise Timeout(f"waited {seconds:g} s for {what}; linked: {linked}{self._and_left(missing)}")
             self._exchange.wait(left)
 
     def account(self, name: str) -> str:
@@ -285,8 +287,8 @@ class Endpoint:
         must be, which is gone then.
         """
         exchange = self._exchange
-        deadline = self._deadline(timeout)
-        left = deadline - time.monotonic()
+        left = seconds = _seconds(timeout, self.config.timeout)
+        deadline = time.monotonic() + seconds
         while True:
             patience = min(max(0.0, left), _SLICE)
             try:
@@ -300,7 +302,7 @@ class Endpoint:
             self._check_anybody_there()
             left = deadline - time.monotonic()
             if left <= 0:
-                raise Timeout(self._nothing_came())
+                raise Timeout(self._nothing_came(seconds))
             if exchange.receiver.is_being_written:
                 exchange.acknowledge()  # as `wait` does; what is waited for wakes nobody
             else:
@@ -331,7 +333,8 @@ class Endpoint:
         stage: Stage | None = None,
     ) -> Message:
         """`receive` for an event loop; a message is taken only when it is returned."""
-        deadline = self._deadline(timeout)
+        seconds = _seconds(timeout, self.config.timeout)
+        deadline = time.monotonic() + seconds
         loop = asyncio.get_running_loop()
         watched = os.dup(self.fileno())  # a loop watches a descriptor for one waiter only
         came = asyncio.Event()
@@ -344,7 +347,7 @@ class Endpoint:
                     return message
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise Timeout(self._nothing_came())
+                    raise Timeout(self._nothing_came(seconds))
                 if self._exchange.receiver.is_being_written:  # which wakes nobody when it is done
                     await asyncio.sleep(_MOMENT)
                     continue
@@ -435,9 +438,6 @@ class Endpoint:
             left = self._exchange.roster.departed() or "it never connected"
             raise PeerGone(f"nobody is left who could send to {self.name!r}: {left}")
 
-    def _deadline(self, timeout: float | None) -> float:
-        return time.monotonic() + _seconds(timeout, self.config.timeout)
-
     def _names(self, to: str | Sequence[str] | None) -> list[str]:
         if isinstance(to, str):
             return [to]
@@ -453,12 +453,12 @@ class Endpoint:
             raise PeerGone(f"nobody is linked with {self.name!r}{': ' + left if left else ''}")
         return names
 
-    def _nothing_came(self) -> str:
+    def _nothing_came(self, seconds: float) -> str:
         exchange = self._exchange
         unfinished = exchange.receiver.what_is_unfinished()
         linked = exchange.sender.lateness.linked() if exchange.roster.links() else "somebody to connect"
         what = unfinished or f"it waited for {linked}{self._and_left()}"
-        return f"{self.name!r} received nothing in time; {what}"
+        return f"{self.name!r} received nothing in {seconds:g} s; {what}"
 
     def _and_left(self, names: Collection[str] | None = None) -> str:
         """The end of a text on who is linked: who (of these names) was."""

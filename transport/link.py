@@ -105,7 +105,7 @@ class Link:
             if self.ended:
                 raise PeerGone(f"{self} {self.ended}")
             if len(self._unacknowledged) >= self._window:
-                raise Full(self.overdue())
+                raise Full(f"max_queued_messages ({self._window}) is used up; {self.overdue()}")
             number = self._sent + 1
             seen = self.taken
             control = wire_types.encode(build(self.peer.link, number, seen))

@@ -154,7 +154,9 @@ class Wire:
                     os.chmod(address.removeprefix("ipc://"), 0o600)
             except (zmq.ZMQError, OSError) as error:
                 socket.close(0)
-                raise TransportError(f"cannot listen at {address}: {error.strerror}") from error
+                # Without the address, which pyzmq adds to its own text.
+                why = zmq.strerror(error.errno) if error.errno else str(error)
+                raise TransportError(f"cannot listen at {address}: {why}") from error
             actual = socket.getsockopt_string(zmq.LAST_ENDPOINT)
             self._routers.add(self._add(socket, actual))
             return actual

@@ -54,7 +54,12 @@ def lines() -> Iterator[Line]:
 def _plugin() -> Line:
     allowed = os.environ.get("VLLM_PLUGINS")
     if not metadata.entry_points(group=_GROUP, name=_NAME):
-        return Line("plugin", "problem", f"no {_NAME} in {_GROUP}", "pip install tensorferry (again)")
+        return Line(
+            "plugin",
+            "problem",
+            f"no {_NAME} in {_GROUP}",
+            "Install tensorferry (again) into vLLM's environment.",
+        )
     if allowed is not None and _NAME not in allowed.split(","):
         return Line("plugin", "problem", f"VLLM_PLUGINS={allowed} leaves it out", f"Add {_NAME} to it.")
     return Line("plugin", "ok", f"{_NAME} in {_GROUP}")

@@ -136,6 +136,8 @@ class TestUsage:
         ("arguments", "said"),
         [
             (["run", "--shm-ring", "2"], "--shm-ring-gb"),
+            (["run", "--nonsense"], "(see tensorferry run --help)"),
+            (["nonsense"], "(see tensorferry --help)"),
             (["run", "--tensor-transport", "smh"], "must be one of auto, shm, tcp, frames, inline"),
             (["run", "--prompts", "many"], "prompts = 'many' (flag --prompts): must be a whole number"),
             (["run", "--config", "nowhere.toml"], "file 'nowhere.toml' can't be read: No such file"),

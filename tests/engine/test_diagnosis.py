@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -21,6 +22,8 @@ from typing import Any
 import pytest
 
 import shm
+from engine import signals
+from engine.cli import main
 from tests.shm.rings import attach, ring
 
 ROOT = Path(__file__).parents[2]
@@ -264,6 +267,45 @@ def read_until(descriptor: int, wanted: bytes) -> bytes:
         assert select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0], seen
         seen += os.read(descriptor, 65536)
     return seen
+
+
+class TestUnreadable:
+    """A /dev/shm that is not there, as in a bare chroot, or that this user may not list."""
+
+    @pytest.fixture(params=[errno.ENOENT, errno.EACCES])
+    def why(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+        scandir = os.scandir
+
+        def refuse(path: Any = ".") -> Any:
+            if str(path) == "/dev/shm":
+                raise OSError(request.param, os.strerror(request.param), str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(signals, "install", lambda: None)  # they are pytest's here
+        monkeypatch.setattr(os, "scandir", refuse)
+        return os.strerror(request.param)
+
+    @pytest.mark.parametrize("command", ["ps", "ps f7d", "top", "top --json", "sweep", "sweep --dry-run"])
+    def test_is_a_line_of_who_looks(self, command: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(command.split()) == 1
+        line = f"tensorferry: /dev/shm can't be read: {why}; `tensorferry doctor` says what to change\n"
+        assert capsys.readouterr() == ("", line)
+
+    def test_is_no_end_of_the_doctor(self, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+        code = main(["doctor", "--json"])
+        findings = json.loads(capsys.readouterr().out)["findings"]
+        assert "versions" in {finding["what"] for finding in findings}  # the last look
+        (segments,) = [finding for finding in findings if finding["what"] == "segments"] or [None]
+        if why == os.strerror(errno.ENOENT):
+            assert segments is None  # the look at /dev/shm itself says so
+        else:
+            assert code == 1
+            assert segments == {
+                "what": "segments",
+                "status": "problem",
+                "found": f"/dev/shm can't be read: {why}",
+                "advice": "As root: chmod 1777 /dev/shm",
+            }
 
 
 class TestDoctor:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from engine import folders
+from engine.errors import StartError
 from engine.folders import PrivateFolder
 from tests.engine.processes import python, ran
 
@@ -65,6 +66,13 @@ def maker(*does: str) -> Iterator[tuple[subprocess.Popen[str], Path, int]]:
         finally:
             if int(child):
                 os.kill(int(child), signal.SIGKILL)
+
+
+def test_a_place_whose_path_is_too_long_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = "/" + "x" * 100
+    monkeypatch.setattr(folders, "_parents", lambda: [place])
+    with pytest.raises(StartError, match=rf"\({place}: too long for the path of a socket\); set TMPDIR"):
+        PrivateFolder()
 
 
 def sweep(*options: str) -> str:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from engine import images
 from engine.images import Grid, ImageError, find, grid_for, open_image, sample_photographs, write_patches
+from tests.users import forbidden
 
 MEAN = [0.48145466, 0.4578275, 0.40821073]
 STD = [0.26862954, 0.26130258, 0.27577711]
@@ -207,6 +208,11 @@ class TestFind:
         (tmp_path / "notes.txt").touch()
         with pytest.raises(ImageError, match=rf"{tmp_path}: no images in this folder \(looked for \.bmp"):
             find([tmp_path])
+
+    def test_a_folder_that_may_not_be_read_is_not_said_to_be_empty(self, short_path: Path) -> None:
+        (short_path / "a.png").touch()
+        with forbidden(short_path), pytest.raises(ImageError, match=f"{short_path}: Permission denied"):
+            find([short_path])
 
     def test_names_a_path_that_cannot_be_looked_at(self) -> None:
         with pytest.raises(ImageError, match="x: File name too long"):

@@ -18,6 +18,7 @@ from engine.errors import OutputError
 from engine.images import Grid
 from engine.output import check_target, write_json, write_tensors
 from engine.results import Result, Statistics
+from tests.users import forbidden
 
 
 def result(index: int = 0, *numbers: float) -> Result:
@@ -69,6 +70,14 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path, statistics: Statisti
     reader.join(30)
     assert json.loads(read[0])["results"][0]["embedding"] == [1.0, 2.0]
     assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_folder_that_may_not_be_entered_is_one_message(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    target = folder / "inner" / "out.json"
+    with forbidden(folder), pytest.raises(OutputError, match=f"{target}: Permission denied"):
+        check_target(target)
 
 
 def test_a_full_device_is_one_message(statistics: Statistics) -> None:

@@ -167,7 +167,7 @@ def test_peers_statistics_and_repr(front: transport.Endpoint, address: str) -> N
 
 def test_a_timeout_says_who_was_waited_for(front: transport.Endpoint, near: transport.Endpoint) -> None:
     with pytest.raises(
-        transport.Timeout, match=r"'front' received nothing in time; it waited for 'near' \(pid \d+\)"
+        transport.Timeout, match=r"'front' received nothing in 0.01 s; it waited for 'near' \(pid \d+\)"
     ):
         front.receive(timeout=0.01)
     assert issubclass(transport.Timeout, TimeoutError)
@@ -577,7 +577,7 @@ def test_cancelling_loses_no_message(front: transport.Endpoint, near: transport.
 
 
 def test_a_timeout_in_an_event_loop(near: transport.Endpoint) -> None:
-    with pytest.raises(transport.Timeout, match="received nothing in time"):
+    with pytest.raises(transport.Timeout, match=r"received nothing in \S+ s; "):
         asyncio.run(near.receive_async(timeout=0.05))
 
 

@@ -19,6 +19,7 @@ import zmq
 
 import transport
 from tests.crash.harness import until
+from tests.users import forbidden
 from transport import message as wire_types
 from transport.conformance import WAIT, joined, left, running, serve, serving
 
@@ -47,9 +48,28 @@ def test_nobody_listens(scheme: str, short_path: Path) -> None:
         tcp = f"tcp://127.0.0.1:{free.getsockname()[1]}"
         address = tcp if scheme == "tcp" else f"ipc://{short_path}/nobody.sock"
         with pytest.raises(
-            transport.Timeout, match=f"'r' could not connect to {address}: nobody listens there"
+            transport.Timeout, match=f"'r' could not connect to {address} in 0.3 s: nobody listens there"
         ):
             transport.connect(address, name="r", config=FRAMES, timeout=0.3)
+
+
+def test_a_socket_of_another_user_is_not_said_to_be_nobodys(short_path: Path) -> None:
+    path = short_path / "theirs.sock"
+    with transport.listen(f"ipc://{path}", config=FRAMES), forbidden(path):
+        may_not = r"user \d+ may not connect there: both ends have to run as one user"
+        with pytest.raises(transport.Timeout, match=may_not):
+            transport.connect(f"ipc://{path}", name="r", config=FRAMES, timeout=0.3)
+
+
+def test_a_folder_that_may_not_be_entered_is_an_error_of_the_transport(short_path: Path) -> None:
+    folder = short_path / "theirs"
+    folder.mkdir()
+    address = f"ipc://{folder}/inner/front.sock"
+    with (
+        forbidden(folder),
+        pytest.raises(transport.TransportError, match=f"cannot listen at {address}: Permission denied"),
+    ):
+        transport.listen(address)
 
 
 def test_somebody_listens_and_does_not_answer(address: str) -> None:
@@ -77,13 +97,13 @@ def test_the_listener_may_come_later(address: str) -> None:
 
 def test_waiting_for_peers_says_who_is_missing(address: str) -> None:
     with transport.listen(address, config=FRAMES) as front:
-        with pytest.raises(transport.Timeout, match="waited for 1 peers; linked: nobody"):
+        with pytest.raises(transport.Timeout, match="waited 0.01 s for 1 peers; linked: nobody"):
             front.wait_for_peers(1, timeout=0.01)
         with joined(front, "a", FRAMES):
             front.wait_for_peers(1, timeout=WAIT)
             front.wait_for_peers("a", timeout=WAIT)
             with pytest.raises(
-                transport.Timeout, match=r"waited for b, c; linked: 'a' \(pid \d+\) at ipc://"
+                transport.Timeout, match=r"waited \S+ s for b, c; linked: 'a' \(pid \d+\) at ipc://"
             ):
                 front.wait_for_peers({"a", "b", "c"}, timeout=0.01)
 
@@ -231,7 +251,7 @@ def test_addresses_that_cannot_be_connected_to(address: str, words: str) -> None
 def test_a_name_that_is_never_known() -> None:
     with pytest.raises(
         transport.Timeout,
-        match="'r' could not connect to tcp://nohost.invalid:5: the name 'nohost.invalid' is",
+        match="'r' could not connect to tcp://nohost.invalid:5 in 0.1 s: the name 'nohost.invalid' is",
     ):
         transport.connect("tcp://nohost.invalid:5", name="r", timeout=0.1)
 
@@ -308,7 +328,8 @@ def test_a_taken_port() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(
-            transport.TransportError, match=f"cannot listen at tcp://127.0.0.1:{port}: .*in use"
+            transport.TransportError,
+            match=f"cannot listen at tcp://127.0.0.1:{port}: Address already in use$",
         ):
             transport.listen(f"tcp://127.0.0.1:{port}")
 

@@ -559,6 +559,19 @@ class TestNotReached:
                     time.sleep(0.01)
                 assert said(there) == "not tcp yet: no bulk connection so far: Connection refused"
 
+    def test_a_port_that_is_taken_is_named_with_its_option(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            with (
+                transport.listen(ADDRESS, config=config(tcp_port=port)) as front,
+                joined(front, "near", config()) as near,
+            ):
+                pumped = Pumped(near)
+                why = rf"bulk connections \(tcp_port {port}\): Address already in use; 'near'"
+                with pytest.raises(transport.Full, match=why):
+                    front.send({"x": np.ones(1 << 20)}, timeout=0.5)
+                pumped.stop()
+
 
 class TestStrangers:
     """Whoever reaches the port of the bulk connections, and does not know the secret."""

@@ -7,6 +7,7 @@ own ring. Both sides are here; how the bytes travel is in `transport.bulk`.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -130,7 +131,7 @@ class TcpOutbound(Outbound):
         try:
             return encode_terms(self.terms(peer, expecting=not peer.dialled))
         except OSError as error:
-            reason = self._refused[peer] = f"cannot listen for it: {error.strerror}"
+            reason = self._refused[peer] = _no_port(self.config, error)
             raise Full(reason, failed={peer.name: reason}) from error
 
     def admit(self, peer: Peer, answer: Proof | Refusal) -> str:
@@ -344,7 +345,7 @@ class TcpInbound(Inbound):
         try:
             terms = site.terms(peer, expecting=not dial)
         except OSError as error:
-            return Refusal(f"cannot listen for the bulk connection: {error.strerror}")
+            return Refusal(_no_port(site.config, error))
         reason = site.agree(peer, offer, dial=dial)
         return Refusal(reason) if reason else Proof(encode_terms(terms))
 
@@ -440,3 +441,9 @@ def _host(peer: Peer) -> str:
 
 def _nothing() -> None:
     return
+
+
+def _no_port(config: TransportConfig, error: OSError) -> str:
+    """Why nobody can connect for the bytes, for a person."""
+    why = os.strerror(error.errno) if error.errno else str(error)
+    return f"cannot listen at a port for bulk connections (tcp_port {config.tcp_port}): {why}"
