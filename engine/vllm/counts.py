@@ -112,8 +112,7 @@ class Counts:
 
     def _publish(self) -> None:
         """To Prometheus, whose counters can only grow: by the difference since the last time."""
-        metrics = _metrics()
-        if metrics is None or self.role != "front":
+        if self.role != "front" or (metrics := _metrics()) is None:
             return
         for hop, how, count, size in self.total():
             for metric, key, value in ((metrics[0], "tensors", count), (metrics[1], "bytes", size)):
@@ -124,21 +123,23 @@ class Counts:
 
 
 _prometheus: tuple[Any, Any] | None = None
+_registering = threading.Lock()  # several front ends of one process, each in its own thread
 
 
 def _metrics() -> tuple[Any, Any] | None:
     """The counters of this process, made once. vLLM removes metrics with its own name in theirs."""
     global _prometheus
-    if _prometheus is None:
-        try:
-            from prometheus_client import Counter as Metric
-        except ImportError:
-            return None
-        labels = ["hop", "way"]
-        _prometheus = (
-            Metric("tensorferry_tensors", "Tensors between processes, by hop and way", labels),
-            Metric("tensorferry_tensor_bytes", "Bytes of tensors between processes, by hop and way", labels),
-        )
+    try:
+        from prometheus_client import Counter as Metric
+    except ImportError:
+        return None
+    with _registering:
+        if _prometheus is None:
+            by, labels = "of tensors between processes, by hop and way", ["hop", "way"]
+            _prometheus = (
+                Metric("tensorferry_tensors", f"Number {by}", labels),
+                Metric("tensorferry_tensor_bytes", f"Bytes {by}", labels),
+            )
     return _prometheus
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.vllm import check, guard, points
+from engine.vllm import check, counts, guard, points
 from engine.vllm.check import Line
 from engine.vllm.counts import FRONT, WORKERS, Counts, saved
 from tests.engine.test_vllm_guard import NoImport
@@ -198,9 +199,9 @@ def test_what_failed_in_a_process_is_a_problem(monkeypatch: pytest.MonkeyPatch) 
 
 def test_two_front_ends_of_one_process_save_their_counters_apart() -> None:
     one, other = Counts("front"), Counts("front")
-    for counts, nbytes in ((one, 1), (other, 2)):
-        counts.add(FRONT, "ring", nbytes)
-        counts.save(now=True)
+    for each, nbytes in ((one, 1), (other, 2)):
+        each.add(FRONT, "ring", nbytes)
+        each.save(now=True)
     assert sorted(process["tensors"][0][3] for process in saved()) == [1, 2]
     one.remove()
     assert [process["tensors"][0][3] for process in saved()] == [2]
@@ -255,3 +256,26 @@ def test_one_may_look_at_what_an_older_version_saved(monkeypatch: pytest.MonkeyP
     folder.mkdir(mode=0o700)
     (folder / f"{os.getpid()}.json").write_text('{"role": "front", "pid": 7, "tensors": []}')
     assert "hooked: nothing" in found("front 7").found
+
+
+def test_front_ends_of_one_process_share_counters_for_prometheus(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each publishes in its own thread, and prometheus_client refuses a second counter of a name."""
+    both, made = threading.Barrier(2), []
+
+    class Metric:
+        def __init__(self, name: str, *_: object) -> None:
+            made.append(name)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(0.2)  # the other one makes its own meanwhile, if it may
+
+    monkeypatch.setitem(sys.modules, "prometheus_client", types.SimpleNamespace(Counter=Metric))
+    monkeypatch.setattr(counts, "_prometheus", None)
+    threads = [threading.Thread(target=Counts("front").save) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == ["tensorferry_tensors", "tensorferry_tensor_bytes"]
+    assert not caplog.records

@@ -15,7 +15,7 @@ from engine.vllm.roles import Core, Front
 from tests.engine.test_vllm_roles import ENGINE, linked
 from tests.vllm.runs import HERE, MARKS
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.filterwarnings("default")]  # what importing vLLM warns of is not ours
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,9 @@ def _platform(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it nothing of vLLM can be imported where there is no GPU."""
     monkeypatch.syspath_prepend(HERE / "platform")
     importlib.import_module("tensorferry_dry_platform").register()
+    # Here, since what fails on the way is kept somewhere, with the frames of who imported.
+    for module in ("vllm.multimodal.inputs", "vllm.v1.serial_utils"):
+        importlib.import_module(module)
 
 
 @pytest.fixture
