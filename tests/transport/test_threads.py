@@ -1,0 +1,130 @@
+"""What one thread of an endpoint does at the worst moment of another: each such moment by itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+
+import shm
+import transport
+from transport.backends.base import Bytes, Peer, Proof
+from transport.backends.shm import ShmInbound, ShmOutbound
+from transport.conformance import WAIT, noise
+from transport.tensors import source_of
+
+SHM = transport.TransportConfig(backend="shm", ring_bytes=16 << 20, inline_below=1, timeout=WAIT)
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """The other thread."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+# ------------------------------------------------------------------------------------ readers of a ring
+
+
+class Relinked:
+    """A reader with a handle of a writer's record, as the link between them is made a second time."""
+
+    def __init__(self) -> None:
+        self.outbound, self.inbound = ShmOutbound(SHM), ShmInbound(SHM)
+        self.old, self.new = Peer(1, "writer", os.getpid()), Peer(2, "writer", os.getpid())
+        self.admit(self.old)
+        self.inbound.settle(self.old, "")
+        self.data = noise(5 << 20)
+        source = source_of(self.data)
+        assert source is not None
+        self.parcel = self.outbound.put([source], [self.old], timeout=WAIT, poll=lambda: None)
+        self.parcel.fill()
+        ((_, self.handle),) = self.parcel.load(self.old).handles
+        self.admit(self.new)
+
+    def admit(self, peer: Peer) -> None:
+        proof = self.inbound.accept(peer, self.outbound.offer(peer), "reader")
+        assert isinstance(proof, Proof)
+        assert not self.outbound.admit(peer, proof)
+
+    @property
+    def reader(self) -> shm.RingReader:
+        """Of the link that is known."""
+        (reader,) = self.inbound._readers.values()
+        return reader
+
+    def open(self) -> Bytes:
+        return self.inbound.open(self.old, self.handle, self.data.nbytes, ())
+
+    def open_early(self) -> Bytes:
+        return self.inbound.open_early(self.old, self.handle, self.data.nbytes, ())[0]
+
+    def follow(self) -> Bytes:
+        pieces = self.inbound.follow(self.old, self.handle, self.data.nbytes, ())
+        return np.concatenate([piece for _, piece in pieces])
+
+
+@pytest.fixture
+def relinked() -> Iterator[Relinked]:
+    relinked = Relinked()
+    yield relinked
+    relinked.parcel.release(relinked.old)
+    relinked.inbound.close()
+    relinked.outbound.close()
+
+
+def test_a_record_is_opened_while_the_reader_of_its_ring_is_replaced(
+    relinked: Relinked, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    close = relinked.reader.close
+
+    def closes() -> None:
+        close()
+        opened.append(pool.submit(relinked.open).result(WAIT))
+
+    monkeypatch.setattr(relinked.reader, "close", closes)
+    relinked.inbound.settle(relinked.new, "")
+    assert np.array_equal(opened.pop(), relinked.data.numpy())
+
+
+@pytest.mark.parametrize("way", ["open", "open_early", "follow"])
+@pytest.mark.parametrize("step", ["open", "is_whole"])
+def test_a_record_is_opened_though_its_reader_was_just_replaced(
+    relinked: Relinked, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, way: str, step: str
+) -> None:
+    went = getattr(relinked.reader, step)
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        pool.submit(relinked.inbound.settle, relinked.new, "").result(WAIT)
+        return went(*arguments, **options)
+
+    monkeypatch.setattr(relinked.reader, step, late)
+    view = getattr(relinked, way)()
+    assert np.array_equal(view, relinked.data.numpy())
+
+
+def test_the_end_of_a_link_takes_no_reader_of_the_next_along(
+    relinked: Relinked, pool: ThreadPoolExecutor
+) -> None:
+    """Who took its last message forgets a link that ended, while who handles what comes settles the next."""
+
+    class Settling(dict[Peer, int]):
+        def pop(self, *arguments: Any) -> Any:
+            identity = super().pop(*arguments)
+            with suppress(NotYet):  # now, or after the link was forgotten
+                settling.append(pool.submit(relinked.inbound.settle, relinked.new, ""))
+                settling[0].result(1)
+            return identity
+
+    settling: list[Any] = []
+    relinked.inbound._identities = Settling(relinked.inbound._identities)
+    relinked.inbound.drop(relinked.old)
+    settling[0].result(WAIT)
+    assert np.array_equal(relinked.open(), relinked.data.numpy())
