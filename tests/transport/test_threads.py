@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
@@ -16,7 +17,7 @@ import shm
 import transport
 from transport.backends.base import Bytes, Peer, Proof
 from transport.backends.shm import ShmInbound, ShmOutbound
-from transport.conformance import WAIT, noise
+from transport.conformance import WAIT, Pumped, joined, noise
 from transport.tensors import source_of
 
 SHM = transport.TransportConfig(backend="shm", ring_bytes=16 << 20, inline_below=1, timeout=WAIT)
@@ -128,3 +129,73 @@ def test_the_end_of_a_link_takes_no_reader_of_the_next_along(
     relinked.inbound.drop(relinked.old)
     settling[0].result(WAIT)
     assert np.array_equal(relinked.open(), relinked.data.numpy())
+
+
+# ------------------------------------------------------------------------------------ admission
+
+
+@pytest.mark.parametrize("moment", ["admit", "values"])
+def test_a_ring_is_not_closed_while_a_peer_is_admitted_to_it(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Its name is gone: who sends to another peer makes a new one, and closes what nobody maps."""
+    outbound, inbound = ShmOutbound(SHM), ShmInbound(SHM)
+    near, far = Peer(1, "near", os.getpid()), Peer(2, "far", os.getpid())
+    proof = inbound.accept(near, outbound.offer(near), "reader")
+    ring = outbound.ring()
+    shm.DIRECTORY.joinpath(ring.name).unlink()
+    if moment == "admit":
+        admit = ring.admit
+
+        def late(*arguments: Any) -> None:
+            pool.submit(outbound.offer, far).result(WAIT)
+            admit(*arguments)
+
+        monkeypatch.setattr(ring, "admit", late)
+        assert not outbound.admit(near, proof)
+    else:
+
+        class Places(dict[Peer, Any]):
+            def values(self) -> Any:
+                places = list(super().values())
+                if not self:
+                    assert not pool.submit(outbound.admit, near, proof).result(WAIT)
+                return places
+
+        outbound._places = Places()
+        outbound.offer(far)
+    try:
+        assert outbound.alive(near)
+        source = source_of(noise(1000))
+        assert source is not None
+        outbound.put([source], [near], timeout=WAIT, poll=lambda: None).release(near)
+    finally:
+        inbound.close()
+        outbound.close()
+
+
+def test_who_sends_waits_for_a_bulk_connection_while_its_terms_are_taken(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = transport.TransportConfig(backend="tcp", inline_below=1, timeout=WAIT, admission_timeout=WAIT)
+    with transport.listen("tcp://127.0.0.1:0", config=config) as front, joined(front, "near", config) as near:
+        outbound: Any = near._exchange.sender.outbound
+        (link,) = near._exchange.roster.links()
+        source = source_of(noise(1000))
+        assert source is not None
+        agree, waits = outbound.agree, threading.Event()
+        sending: list[Any] = []
+
+        def late(*arguments: Any, **options: Any) -> Any:
+            if not sending:
+                sending.append(pool.submit(outbound.put, [source], [link.peer], timeout=WAIT, poll=waits.set))
+                while not (waits.wait(0.01) or sending[0].done()):
+                    pass
+            return agree(*arguments, **options)
+
+        monkeypatch.setattr(outbound, "agree", late)
+        pumped = Pumped(front)
+        near.send({"x": noise(1000)})
+        pumped.next()
+        sending[0].result(WAIT).release(link.peer)
+        pumped.stop()

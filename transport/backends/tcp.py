@@ -136,13 +136,13 @@ class TcpOutbound(Outbound):
     def admit(self, peer: Peer, answer: Proof | Refusal) -> str:
         if peer not in self._asked:
             return "nothing was offered"
-        self._asked.discard(peer)
         if isinstance(answer, Refusal):
-            self._refused[peer] = answer.reason
-            return answer.reason
-        reason = self.agree(peer, answer.data, dial=peer.dialled)
+            reason = answer.reason
+        else:
+            reason = self.agree(peer, answer.data, dial=peer.dialled)
         if reason:
             self._refused[peer] = reason
+        self._asked.discard(peer)  # now: who sends in another thread waits for what was asked for, or is made
         return reason
 
     def terms(self, peer: Peer, *, expecting: bool) -> Terms:
