@@ -84,6 +84,8 @@ class Exchange:
         self._successors: list[tuple[Route, Hello]] = []  # of the dead, by name, who greeted
         self._announced: set[int] = set()
         self._pumping = threading.Lock()
+        self._closing = threading.Lock()
+        self._closer = 0  # the thread that is at it
         self._abandoned = weakref.finalize(
             self, _abandon, self._pid, config.linger, self.wire, outbound, inbounds
         )
@@ -96,14 +98,29 @@ class Exchange:
             raise Closed(f"endpoint {self.name!r} is closed")
 
     def close(self) -> None:
-        """Wait until what was sent can be received, say goodbye, give everything back. Twice is fine."""
-        if self.closed or os.getpid() != self._pid:
+        """Wait until what was sent can be received, say goodbye, give everything back. Twice is fine.
+
+        Who comes while another thread is at it comes back when everything is given back, too.
+        """
+        thread = threading.get_ident()
+        if os.getpid() != self._pid or self._closer == thread:  # a finalizer in the middle of this very call
             return
         self.closed = True
-        self._abandoned.detach()
         self.wire.wake()
+        with self._closing:
+            if not self._abandoned.alive:
+                return
+            self._closer = thread
+            try:
+                self._close_all()
+            finally:
+                self._closer = 0
+
+    def _close_all(self) -> None:
         deadline = time.monotonic() + self.config.linger
         with ExitStack() as parts:  # each of them, the last one first, whatever another raises
+            # At the very last: a thread that closes may be a daemon, and its process end meanwhile.
+            parts.callback(self._abandoned.detach)
             parts.callback(self._close_wire, deadline)
             parts.callback(self.receiver.close)
             parts.callback(self.sender.outbound.close)

@@ -295,7 +295,10 @@ class Wire:
         ready, self._fired = self._fired, []
         try:
             ready = ready or self._epoll.poll(0, _EVENTS)
-        except ValueError:  # closed by another thread, which whoever called finds out at its next check
+        except (
+            OSError,
+            ValueError,
+        ):  # closed by another thread, which the next check finds out
             return arrived
         if not ready:
             return arrived
@@ -349,8 +352,10 @@ class Wire:
     # ------------------------------------------------------------------ waiting
 
     def fileno(self) -> int:
-        """Readable while there may be something to do; for poll, epoll and event loops."""
-        return self._epoll.fileno()
+        """Readable while there may be something to do; for poll, epoll and event loops. `Closed`."""
+        with suppress(ValueError):
+            return self._epoll.fileno()
+        raise Closed("this endpoint was closed meanwhile")
 
     def wait(self, timeout: float) -> None:
         """Until something may have come, or `timeout` seconds are over."""
@@ -368,7 +373,7 @@ class Wire:
         """`fileno` is readable for what comes from now on; whether `wake` was called before."""
         with self._event_lock:
             awake, self._awake = self._awake, False
-            if awake:
+            if awake and self._event >= 0:
                 os.eventfd_read(self._event)
             return awake
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +19,12 @@ import pytest
 
 import shm
 import transport
+from tests.crash.harness import segments_of
 from transport.backends.base import Bytes, Peer, Proof
 from transport.backends.shm import ShmInbound, ShmOutbound
 from transport.conformance import WAIT, Pumped, joined, noise
 from transport.tensors import source_of
+from transport.wire import Wire
 
 SHM = transport.TransportConfig(backend="shm", ring_bytes=16 << 20, inline_below=1, timeout=WAIT)
 
@@ -199,3 +205,133 @@ def test_who_sends_waits_for_a_bulk_connection_while_its_terms_are_taken(
         pumped.next()
         sending[0].result(WAIT).release(link.peer)
         pumped.stop()
+
+
+# ------------------------------------------------------------------------------------ closing
+
+
+def with_ring(address: str) -> tuple[transport.Endpoint, str]:
+    """An endpoint that listens, and the name of its ring."""
+    front = transport.listen(address, config=SHM)
+    with front.loan((1000,), np.uint8):
+        pass
+    outbound: Any = front._exchange.sender.outbound
+    return front, outbound.ring().name
+
+
+def test_who_closes_second_comes_back_when_everything_is_given_back(
+    address: str, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front, ring = with_ring(address)
+
+    def flush(_: float) -> bool:
+        second.append(pool.submit(front.close))
+        with suppress(NotYet):  # it does not come back
+            second[0].result(0.5)
+            there.append(shm.DIRECTORY.joinpath(ring).exists())
+        return True
+
+    second: list[Any] = []
+    there: list[bool] = []
+    monkeypatch.setattr(front._exchange.sender.outbound, "flush", flush)
+    front.close()
+    second[0].result(WAIT)
+    assert not any(there)
+    assert not shm.DIRECTORY.joinpath(ring).exists()
+
+
+def test_who_closes_while_it_closes_does_not_wait_for_itself(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a finalizer does that runs in the middle of it, in the same thread."""
+    front, ring = with_ring(address)
+
+    def flush(_: float) -> bool:
+        front.close()
+        return True
+
+    monkeypatch.setattr(front._exchange.sender.outbound, "flush", flush)
+    front.close()
+    assert not shm.DIRECTORY.joinpath(ring).exists()
+
+
+def _ends_while_a_thread_closes(address: str) -> None:
+    front, _ = with_ring(address)
+    closing = threading.Event()
+
+    def flush(_: float) -> bool:
+        closing.set()
+        return threading.Event().wait(WAIT)
+
+    front._exchange.sender.outbound.flush = flush  # type: ignore[assignment, method-assign]
+    threading.Thread(target=front.close, daemon=True).start()
+    assert closing.wait(WAIT)
+
+
+def test_a_process_that_ends_while_a_thread_closes_leaves_nothing(address: str, short_path: Path) -> None:
+    code = f"from tests.transport.test_threads import _ends_while_a_thread_closes as f; f({address!r})"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        assert process.wait(WAIT) == 0
+    assert not segments_of({process.pid})
+    assert list(short_path.iterdir()) == []
+
+
+def test_a_receive_whose_peers_another_thread_left_is_closed(
+    address: str, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = transport.TransportConfig(backend="inline", timeout=WAIT)
+    with transport.listen(address, config=config) as front, joined(front, "near", config) as near:
+        tries = near._try_receive
+
+        def late(*arguments: Any, **options: Any) -> Any:
+            message = tries(*arguments, **options)
+            pool.submit(near.close).result(WAIT)
+            return message
+
+        monkeypatch.setattr(near, "_try_receive", late)
+        with pytest.raises(transport.Closed):
+            near.receive()
+
+
+# ------------------------------------------------------------------------------------ sockets
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_wire_that_closes_as_it_is_drained_brings_nothing(
+    address: str, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    wire = Wire(SHM)
+    wire.bind(address)
+    epoll = wire._epoll
+
+    class Late:
+        """Another thread closes when this one has given the interpreter's lock back, or just after the poll."""
+
+        def poll(self, *arguments: Any) -> Any:
+            came = epoll.poll(*arguments)
+            pool.submit(wire.close).result(WAIT)
+            if moment == "before":
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            return came
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(epoll, name)
+
+    monkeypatch.setattr(wire, "_epoll", Late())
+    wire.wake()
+    assert wire.drain(1) == []
+
+
+def test_the_descriptor_of_what_another_thread_closed_is_none(
+    address: str, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front, _ = with_ring(address)
+    check = front._exchange.check
+
+    def late() -> None:
+        check()
+        pool.submit(front.close).result(WAIT)
+
+    monkeypatch.setattr(front._exchange, "check", late)
+    with pytest.raises(transport.Closed):
+        front.fileno()
