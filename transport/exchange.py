@@ -39,6 +39,7 @@ from transport.message import (
 from transport.receiving import Receiver
 from transport.roster import Roster
 from transport.sending import Sender
+from transport.waiting import take
 from transport.wire import READ_AHEAD, Arrived, Busy, Route, Unreachable, Wire
 
 _log = logging.getLogger("tensorferry.transport")
@@ -125,11 +126,14 @@ class Exchange:
             parts.callback(self.receiver.close)
             parts.callback(self.sender.outbound.close)
             parts.callback(self._say_goodbye)
-            # With a limit, since an interrupt (Ctrl-C) may have taken the lock and never given it back.
-            if self._pumping.acquire(timeout=_PUMP_MAY_TAKE):
-                parts.callback(self._pumping.release)
-            self.sender.outbound.flush(self.config.linger)
-            self._await_readers(deadline)
+            took: list[bool] = []
+            try:
+                take(self._pumping, took, _PUMP_MAY_TAKE)
+                self.sender.outbound.flush(self.config.linger)
+                self._await_readers(deadline)
+            finally:
+                if True in took:
+                    self._pumping.release()
 
     def _say_goodbye(self) -> None:
         for link in self.roster.links():
@@ -204,10 +208,9 @@ class Exchange:
 
         Who is `taking` messages afterwards calls `wake_if_left` when done.
         """
-        if not self._pumping.acquire(blocking=False):
-            return
+        took: list[bool] = []
         try:
-            if self.closed:
+            if not take(self._pumping, took) or self.closed:
                 return
             for arrived in self.wire.drain(_DRAIN):
                 self._handle(arrived)
@@ -216,7 +219,8 @@ class Exchange:
             if self._successors:
                 self._greet_successors()
         finally:
-            self._pumping.release()
+            if True in took:
+                self._pumping.release()
         if not taking:
             self.wake_if_left()
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from transport.link import Build, Link
 from transport.message import Abandon, Data, Offered, Part, Piece, Reference
 from transport.roster import Roster
 from transport.tensors import Source, TensorSpec
-from transport.waiting import Poll, attempts
+from transport.waiting import Poll, attempts, take
 
 PARTS = "parts"  # the backend name of a tensor that came in parts
 _NOTHING = NoParcel(Load([]))
@@ -355,14 +355,19 @@ class Sender:
     @contextmanager
     def _one_at_a_time(self, links: Sequence[Link], deadline: float) -> Iterator[None]:
         """Parts of two messages do not mix in a link; links in one order, so that senders cannot cross."""
-        with ExitStack() as stack:
+        locks: list[tuple[threading.Lock, list[bool]]] = []
+        try:
             for link in sorted(links, key=lambda link: link.peer.link):
-                lock = self._parting.setdefault(link.peer.link, threading.Lock())
-                if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                lock, took = self._parting.setdefault(link.peer.link, threading.Lock()), list[bool]()
+                locks.append((lock, took))
+                if not take(lock, took, deadline - time.monotonic()):
                     late = self.lateness.account(link)
                     raise Timeout(f"another message in parts is still being sent to {link.peer}; {late}")
-                stack.callback(lock.release)
             yield
+        finally:
+            for lock, took in locks:
+                if True in took:
+                    lock.release()
 
     # ------------------------------------------------------------------ hand-on
 

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import pytest
 
 import shm
 import transport
+from shm.words import fence
 from tests.crash.harness import segments_of
 from transport.backends.base import Bytes, Peer, Proof
 from transport.backends.shm import ShmInbound, ShmOutbound
@@ -305,7 +308,7 @@ def test_a_wire_that_closes_as_it_is_drained_brings_nothing(
     epoll = wire._epoll
 
     class Late:
-        """Another thread closes when this one has given the interpreter's lock back, or just after the poll."""
+        """Another thread closes as this one gives the interpreter's lock back, or just after the poll."""
 
         def poll(self, *arguments: Any) -> Any:
             came = epoll.poll(*arguments)
@@ -335,3 +338,57 @@ def test_the_descriptor_of_what_another_thread_closed_is_none(
     monkeypatch.setattr(front._exchange, "check", late)
     with pytest.raises(transport.Closed):
         front.fileno()
+
+
+# ------------------------------------------------------------------------------------ interrupts
+
+
+def interrupted(call: Callable[[], object]) -> Iterator[None]:
+    """Ctrl-C in a call as soon as the first, second, … function of C has returned to it, until it meets none.
+
+    That is where Python looks for signals, beside loops and the beginnings of its own functions.
+    """
+    for step in count():
+        left = step
+
+        def profile(_: object, event: str, called: object) -> None:
+            nonlocal left
+            if event == "c_return" and called is not sys.setprofile:
+                left -= 1
+                if left < 0:
+                    raise KeyboardInterrupt
+
+        sys.setprofile(profile)
+        try:
+            call()
+            sys.setprofile(None)
+            return
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+        yield
+
+
+def test_an_interrupt_of_who_handles_what_came_keeps_nobody_from_it() -> None:
+    with transport.Endpoint("alone", transport.TransportConfig(backend="inline")) as alone:
+        for _ in interrupted(alone._exchange.pump):
+            assert not alone._exchange._pumping.locked()
+
+
+def test_an_interrupted_send_in_parts_keeps_nobody_from_the_next(address: str) -> None:
+    config = transport.TransportConfig(backend="inline", timeout=WAIT)
+    with transport.listen(address, config=config) as front, joined(front, "near", config):
+        sender, links = front._exchange.sender, front._exchange.roster.links()
+
+        def parts() -> None:
+            with sender._one_at_a_time(links, time.monotonic() + WAIT):
+                pass
+
+        for _ in interrupted(parts):
+            assert not any(lock.locked() for lock in sender._parting.values())
+
+
+def test_an_interrupted_fence_is_followed_by_others() -> None:
+    for _ in interrupted(fence):
+        fence()
