@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,15 @@ from shm.words import fence
 from tests.crash.harness import segments_of
 from transport.backends.base import Bytes, Peer, Proof
 from transport.backends.shm import ShmInbound, ShmOutbound
-from transport.conformance import WAIT, Pumped, joined, noise
+from transport.backends.tcp import TcpOutbound
+from transport.conformance import WAIT, Pumped, joined, left, noise, warm_up
 from transport.tensors import source_of
 from transport.wire import Wire
 
 SHM = transport.TransportConfig(backend="shm", ring_bytes=16 << 20, inline_below=1, timeout=WAIT)
+TCP = transport.TransportConfig(
+    backend="tcp", ring_bytes=16 << 20, inline_below=1, timeout=WAIT, admission_timeout=WAIT
+)
 
 
 @pytest.fixture
@@ -186,8 +192,7 @@ def test_a_ring_is_not_closed_while_a_peer_is_admitted_to_it(
 def test_who_sends_waits_for_a_bulk_connection_while_its_terms_are_taken(
     pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = transport.TransportConfig(backend="tcp", inline_below=1, timeout=WAIT, admission_timeout=WAIT)
-    with transport.listen("tcp://127.0.0.1:0", config=config) as front, joined(front, "near", config) as near:
+    with transport.listen("tcp://127.0.0.1:0", config=TCP) as front, joined(front, "near", TCP) as near:
         outbound: Any = near._exchange.sender.outbound
         (link,) = near._exchange.roster.links()
         source = source_of(noise(1000))
@@ -392,3 +397,87 @@ def test_an_interrupted_send_in_parts_keeps_nobody_from_the_next(address: str) -
 def test_an_interrupted_fence_is_followed_by_others() -> None:
     for _ in interrupted(fence):
         fence()
+
+
+# ------------------------------------------------------------------------------------ bulk connections
+
+
+def test_what_closed_bulk_connections_are_asked_for_is_not_made() -> None:
+    """A thread that began to offer one goes on after another thread has closed."""
+    outbound = TcpOutbound(TCP)
+    outbound.close()
+    for peer in (Peer(1, "near", address="tcp://127.0.0.1:1"), Peer(2, "far", address="tcp://127.0.0.1:1")):
+        with pytest.raises(transport.Closed):
+            outbound.offer(peer)  # it took descriptors and a thread that nobody gives back
+
+
+def test_closed_bulk_connections_write_into_nobody_elses_descriptor() -> None:
+    outbound = TcpOutbound(TCP)
+    near, far = (Peer(link, "x", address="tcp://127.0.0.1:1") for link in (1, 2))
+    outbound.offer(near)
+    number = outbound.hub._poller._event
+    outbound.close()
+    ours, other = os.pipe()
+    try:
+        if other != number:
+            os.dup2(other, number)
+        with suppress(transport.Closed):
+            outbound.offer(far)
+        os.set_blocking(ours, False)
+        with pytest.raises(BlockingIOError):
+            os.read(ours, 8)
+    finally:
+        for descriptor in {ours, other, number}:
+            os.close(descriptor)
+
+
+def test_what_is_given_up_while_bulk_connections_close_is_left_to_their_thread(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As who sends does when it finds the endpoint closed: the thread may just be reading it."""
+    armed, hit = threading.Event(), threading.Event()
+
+    def trace(event: str, *_: Any) -> None:
+        if event == "bulk.sending" and armed.is_set() and not hit.is_set():
+            hit.set()
+            outbound: Any = front._exchange.sender.outbound
+            hub = outbound.hub
+            ((channel, _),) = hub._connected.values()
+            closing.append(pool.submit(hub.close))
+            while not hub._closed:
+                pass
+            pool.submit(hub.tell, partial(channel.cancel, channel._on_its_way)).result(WAIT)
+
+    closing: list[Any] = []
+    config = dataclasses.replace(TCP, trace=trace)
+    with (
+        ThreadPoolExecutor(2) as pool,
+        transport.listen("tcp://127.0.0.1:0", config=config) as front,
+        joined(front, "near", TCP) as near,
+    ):
+        pumped = Pumped(near)
+        warm_up(front, pumped)
+        armed.set()
+        front.send({"x": noise(3 << 20)})
+        assert hit.wait(WAIT)
+        closing[0].result(WAIT)
+        pumped.stop()
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == []
+
+
+def test_a_peer_that_leaves_while_another_thread_offers_it_a_bulk_connection_leaves_nothing(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with transport.listen("tcp://127.0.0.1:0", config=TCP) as front, joined(front, "near", TCP) as near:
+        outbound: Any = front._exchange.sender.outbound
+        terms = outbound.terms
+
+        def late(*arguments: Any, **options: Any) -> Any:
+            near.close()
+            pool.submit(left, front).result(WAIT)
+            return terms(*arguments, **options)
+
+        monkeypatch.setattr(outbound, "terms", late)
+        with pytest.raises(transport.PeerGone):
+            front.send({"x": noise(1000)}, to="near")
+        assert not outbound.hub._ways

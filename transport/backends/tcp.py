@@ -183,8 +183,12 @@ class TcpOutbound(Outbound):
         self._asked.discard(peer)
         self._refused.pop(peer, None)
         channel = self.hub.channel(peer)
-        if channel is not None:
+        if channel is None:
+            return
+        if channel.opened:
             self.hub.tell(channel.end)
+        else:  # nothing came; and another thread that offers may have made it after all else was forgotten
+            self.hub.drop(peer)
 
     def _why_not(self, peer: Peer) -> str:
         """Why there is no bulk connection and will be none, "" while there may be one."""
