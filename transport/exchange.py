@@ -108,14 +108,16 @@ class Exchange:
             return
         self.closed = True
         self.wire.wake()
-        with self._closing:
-            if not self._abandoned.alive:
-                return
-            self._closer = thread
-            try:
+        took: list[bool] = []
+        try:
+            most = 2 * (self.config.linger + _PUMP_MAY_TAKE)  # what it takes who is at it
+            if take(self._closing, took, most) and self._abandoned.alive:
+                self._closer = thread
                 self._close_all()
-            finally:
+        finally:
+            if True in took:
                 self._closer = 0
+                self._closing.release()
 
     def _close_all(self) -> None:
         deadline = time.monotonic() + self.config.linger
