@@ -123,7 +123,7 @@ class Exchange:
         deadline = time.monotonic() + self.config.linger
         with ExitStack() as parts:  # each of them, the last one first, whatever another raises
             # At the very last: a thread that closes may be a daemon, and its process end meanwhile.
-            parts.callback(self._abandoned.detach)
+            parts.push(self._is_over)
             parts.callback(self._close_wire, deadline)
             parts.callback(self.receiver.close)
             parts.callback(self.sender.outbound.close)
@@ -136,6 +136,11 @@ class Exchange:
             finally:
                 if True in took:
                     self._pumping.release()
+
+    def _is_over(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Unless it was interrupted: then another call, or the end of the process, does the rest."""
+        if kind is None or issubclass(kind, Exception):
+            self._abandoned.detach()
 
     def _say_goodbye(self) -> None:
         for link in self.roster.links():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
@@ -16,6 +18,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ import shm
 import transport
 from shm.words import fence
 from tests.crash.harness import segments_of
+from tests.transport.test_tcp import hub_of
 from transport.backends.base import Bytes, Peer, Proof
 from transport.backends.shm import ShmInbound, ShmOutbound
 from transport.backends.tcp import TcpOutbound
@@ -218,13 +222,14 @@ def test_who_sends_waits_for_a_bulk_connection_while_its_terms_are_taken(
 # ------------------------------------------------------------------------------------ closing
 
 
-def with_ring(address: str) -> tuple[transport.Endpoint, str]:
+def with_ring(address: str, config: transport.TransportConfig = SHM) -> tuple[transport.Endpoint, str]:
     """An endpoint that listens, and the name of its ring."""
-    front = transport.listen(address, config=SHM)
+    front = transport.listen(address, config=config)
     with front.loan((1000,), np.uint8):
         pass
     outbound: Any = front._exchange.sender.outbound
-    return front, outbound.ring().name
+    ring = outbound if config.backend == "shm" else outbound.ring
+    return front, ring.ring().name
 
 
 def test_who_closes_second_comes_back_when_everything_is_given_back(
@@ -348,6 +353,16 @@ def test_the_descriptor_of_what_another_thread_closed_is_none(
 # ------------------------------------------------------------------------------------ interrupts
 
 
+OURS = (str(Path(transport.__file__).parent), str(Path(shm.__file__).parent), contextlib.__file__)
+
+
+def is_finalizer(frame: FrameType | None) -> bool:
+    """Whether Python would only report what is raised here."""
+    while frame is not None and frame.f_code is not weakref.finalize.__call__.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
 def interrupted(call: Callable[[], object]) -> Iterator[None]:
     """Ctrl-C in a call as soon as the first, second, … function of C has returned to it, until it meets none.
 
@@ -356,9 +371,9 @@ def interrupted(call: Callable[[], object]) -> Iterator[None]:
     for step in count():
         left = step
 
-        def profile(_: object, event: str, called: object) -> None:
+        def profile(frame: FrameType, event: str, _: object) -> None:
             nonlocal left
-            if event == "c_return" and called is not sys.setprofile:
+            if event == "c_return" and frame.f_code.co_filename.startswith(OURS) and not is_finalizer(frame):
                 left -= 1
                 if left < 0:
                     raise KeyboardInterrupt
@@ -392,6 +407,30 @@ def test_an_interrupted_send_in_parts_keeps_nobody_from_the_next(address: str) -
 
         for _ in interrupted(parts):
             assert not any(lock.locked() for lock in sender._parting.values())
+
+
+@pytest.mark.parametrize("backend", ["shm", "tcp"])
+def test_an_interrupted_close_is_ended_by_the_next(short_path: Path, backend: str) -> None:
+    def opened() -> tuple[transport.Endpoint, str]:
+        front, ring = with_ring(
+            f"ipc://{short_path}/{len(fronts)}", dataclasses.replace(SHM, backend=backend)
+        )
+        if backend == "tcp":
+            hub_of(front).expect(Peer(1, "near"), "127.0.0.1")
+        return front, ring
+
+    fronts: list[tuple[transport.Endpoint, str]] = []
+    fronts.append(opened())
+
+    def closes() -> None:
+        fronts[-1][0].close()
+
+    for _ in interrupted(closes):
+        front, ring = fronts[-1]
+        front.close()
+        assert not shm.DIRECTORY.joinpath(ring).exists()
+        assert list(short_path.iterdir()) == []
+        fronts.append(opened())
 
 
 def test_an_interrupted_fence_is_followed_by_others() -> None:

@@ -226,13 +226,11 @@ class Hub:
         return True
 
     def close(self) -> None:
-        """Close every connection and end the thread. Twice is fine."""
+        """Close every connection and end the thread. Twice is fine; after an interrupt it does the rest."""
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
             thread = self._thread
-            if thread is not None:
+            if thread is not None and not self._ended:
                 self._poller.wake()
         if thread is not None and thread is not threading.current_thread():
             thread.join(_END_MAY_TAKE)
