@@ -258,23 +258,30 @@ class Sender:
     ) -> list[Link]:
         """Send each link its load, or let go of what the parcel keeps for it; the links that were sent to."""
         sent = []
-        for link in links:
-            release = partial(parcel.release, link.peer)
-            if link.peer in parcel.failed:
-                failed[link.peer.name] = parcel.failed[link.peer]
-                release()
-                continue
-            load = parcel.load(link.peer)
-            try:
-                self._post(link, make(load), load.frames, release, nbytes, deadline)
-            except BaseException as error:
-                release()
-                if not isinstance(error, TransportError):
-                    parcel.abandon()
-                    raise
-                failed[link.peer.name] = detached(error)
-            else:
-                sent.append(link)
+        left = list(links)  # of whom the parcel has to be told here
+        try:
+            while left:
+                link = left[0]
+                release = partial(parcel.release, link.peer)
+                error = parcel.failed.get(link.peer)
+                if error is None:
+                    load = parcel.load(link.peer)
+                    try:
+                        number = self._post(link, make(load), load.frames, release, nbytes, deadline)
+                    except TransportError as failure:
+                        error = detached(failure)
+                del left[0]  # now the link does, once
+                if error is None:
+                    sent.append(link)
+                    self._config.emit("send.posted", peer=link.peer.name, number=number)
+                else:
+                    failed[link.peer.name] = error
+                    release()
+        except BaseException:
+            for link in left:
+                parcel.release(link.peer)
+            parcel.abandon()
+            raise
         parcel.fill()
         return sent
 
@@ -286,13 +293,13 @@ class Sender:
         keeps: Callable[[], None],
         nbytes: int,
         deadline: float,
-    ) -> None:
+    ) -> int:
+        """The number of the message."""
         post = partial(link.send, build, frames, keeps=keeps, nbytes=nbytes)
         try:
-            number = post()
+            return post()
         except Full:
-            number = self._post_later(post, link, nbytes, deadline)
-        self._config.emit("send.posted", peer=link.peer.name, number=number)
+            return self._post_later(post, link, nbytes, deadline)
 
     def _post_later(self, post: Callable[[], int], link: Link, nbytes: int, deadline: float) -> int:
         poll = self._watch("a place in the queue", [link], nbytes)

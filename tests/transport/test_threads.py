@@ -32,7 +32,7 @@ from tests.transport.test_tcp import hub_of
 from transport.backends.base import Bytes, Peer, Proof
 from transport.backends.shm import ShmInbound, ShmOutbound
 from transport.backends.tcp import TcpOutbound
-from transport.conformance import WAIT, Pumped, joined, left, noise, warm_up
+from transport.conformance import WAIT, Pumped, acknowledged, joined, left, noise, warm_up
 from transport.tensors import source_of
 from transport.wire import Wire
 
@@ -520,3 +520,50 @@ def test_a_peer_that_leaves_while_another_thread_offers_it_a_bulk_connection_lea
         with pytest.raises(transport.PeerGone):
             front.send({"x": noise(1000)}, to="near")
         assert not outbound.hub._ways
+
+
+# ------------------------------------------------------------------------------------ in the middle of a send
+
+
+@pytest.mark.parametrize("fails", ["first", "second", "trace"])
+def test_a_send_that_fails_in_the_middle_lets_go_for_each_peer_once(
+    address: str, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """By what is no error of the transport's: a trace of the user's, an interrupt."""
+    failing = threading.Event()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("it fails")
+
+    def trace(event: str, *_: Any) -> None:
+        if failing.is_set() and event == "send.posted" and fails == "trace":
+            fail()
+
+    config = dataclasses.replace(SHM, trace=trace)
+    with (
+        transport.listen(address, config=config) as front,
+        joined(front, "first", SHM) as first,
+        joined(front, "second", SHM) as second,
+    ):
+        peers = [Pumped(first), Pumped(second)]
+        both = ["first", "second"]
+        front.send({"x": noise(1000)}, to=both)
+        for peer in peers:
+            peer.next()
+        if fails != "trace":
+            link = front._exchange.roster.named(fails)
+            monkeypatch.setattr(link, "send", fail)
+        failing.set()
+        with pytest.raises(RuntimeError, match="it fails"):
+            front.send({"x": noise(1000)}, to=both)
+        failing.clear()
+        monkeypatch.undo()
+        if fails != "first":
+            peers[0].next()
+        front.send({"n": 1}, to=both)
+        for peer in peers:
+            assert peer.next().body == {"n": 1}
+        acknowledged(front)
+        peers[0].stop()
+        peers[1].stop()
+        assert front.statistics()["backend"]["ring"].live == 0
