@@ -477,8 +477,8 @@ def test_what_is_given_up_while_bulk_connections_close_is_left_to_their_thread(
     armed, hit = threading.Event(), threading.Event()
 
     def trace(event: str, *_: Any) -> None:
-        if event == "bulk.sending" and armed.is_set() and not hit.is_set():
-            hit.set()
+        if event == "bulk.sending" and armed.is_set():
+            armed.clear()
             outbound: Any = front._exchange.sender.outbound
             hub = outbound.hub
             ((channel, _),) = hub._connected.values()
@@ -486,6 +486,7 @@ def test_what_is_given_up_while_bulk_connections_close_is_left_to_their_thread(
             while not hub._closed:
                 pass
             pool.submit(hub.tell, partial(channel.cancel, channel._on_its_way)).result(WAIT)
+            hit.set()
 
     closing: list[Any] = []
     config = dataclasses.replace(TCP, trace=trace)
