@@ -153,17 +153,16 @@ class RingReader:
                     words[word] = 0
                 raise
             self.opened += 1
-        if offset + nbytes > self._populated:
-            self._populate_ahead()
+            if offset + nbytes > self._populated:
+                self._populate_ahead()
         if self._trace:
             self._trace("opened", {"slot": slot, "generation": generation})
         return view
 
     def is_whole(self, handle: Handle) -> bool:
-        """Whether all bytes of a record that is open here are complete."""
-        whole: bool = (
-            self._header[self._first_line + handle.slot * at.SLOT_WORDS + at.S_FILLED] == handle.nbytes
-        )
+        """Whether all bytes of a record that is open here are complete. `RingClosed`."""
+        line = self._first_line + handle.slot * at.SLOT_WORDS
+        whole: bool = self._mapped()[line + at.S_FILLED] == handle.nbytes
         if not TOTAL_STORE_ORDER:
             fence()  # SYNC publish: the count before the bytes that it counts
         return whole
@@ -172,12 +171,12 @@ class RingReader:
         """How many of the first bytes of a record that is open here are complete.
 
         `StaleHandle` when the writer gave it up: the rest will never come. A writer that died is told
-        by `writer_alive`.
+        by `writer_alive`. `RingClosed`.
         """
         self.check(handle)
-        line = self._first_line + handle.slot * at.SLOT_WORDS
-        count = int(self._header[line + at.S_FILLED])
-        if self._header[line] & ~at.CLOSING != handle.generation:
+        header, line = self._mapped(), self._first_line + handle.slot * at.SLOT_WORDS
+        count = int(header[line + at.S_FILLED])
+        if header[line] & ~at.CLOSING != handle.generation:
             raise StaleHandle(f"the writer gave up slot {handle.slot}, generation {handle.generation}")
         if not TOTAL_STORE_ORDER:
             fence()  # SYNC publish: the count before the bytes that it counts
@@ -226,6 +225,12 @@ class RingReader:
             raise RingClosed("this end of the ring is closed")
         if lineage() != self._lineage:
             raise RingClosed(f"this end was made in process {self._pid}, this is a child of it")
+
+    def _mapped(self) -> memoryview:
+        """Header and slot lines, for as long as they are looked at, should another thread close this end."""
+        header = self._header
+        self._usable()
+        return header
 
     def _write_column(self, challenge: int, name: str) -> None:
         column = self._words
@@ -290,7 +295,7 @@ class RingReader:
             fence()  # SYNC publish: the line before the bytes
 
     def _stalled(self, handle: Handle, step: str, seconds: float) -> Stalled:
-        header, line = self._header, self._first_line + handle.slot * at.SLOT_WORDS
+        header, line = self._mapped(), self._first_line + handle.slot * at.SLOT_WORDS
         return Stalled(
             f"the writer (pid {header[at.H_PID]}) stopped while {step} slot {handle.slot}: it has"
             f" {header[line + at.S_FILLED]} of {handle.nbytes} bytes, no more in {seconds:.1f} s"

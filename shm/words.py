@@ -29,8 +29,10 @@ _held = _Held()
 def fence() -> None:
     """Order every store before this call before every load after it. Not for finalizers."""
     lock = _held.lock
-    lock.release()
-    lock.acquire()
+    try:
+        lock.release()
+    finally:  # also where an interrupt (Ctrl-C) comes in between: the next release would fail, and all others
+        lock.acquire()
 
 
 def fence_in_finalizer() -> None:

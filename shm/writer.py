@@ -15,6 +15,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from itertools import repeat
 
 import numpy as np
@@ -371,13 +372,15 @@ class RingWriter:
         return self._shares.limit
 
     def close(self) -> None:
-        """Unlink the name. Readers keep what they have open or in flight; loans stay valid."""
-        with self._lock:
-            if self._closed or os.getpid() != self._pid:
-                return
-            self._closed = True
+        """Unlink the name. Readers keep what they have open or in flight; loans stay valid.
+
+        Twice is fine; after an interrupt the second time does the rest.
+        """
+        if os.getpid() != self._pid:
+            return
+        self._closed = True
         self._placement.close()
-        with self._lock:
+        with self._lock, suppress(RingClosed):
             self._segment.unlink()
             self._columns.close()
             self._shares.close()

@@ -435,6 +435,7 @@ class Endpoint:
 
     def _check_anybody_there(self) -> None:
         if not self._listening and not self._exchange.roster.links() and not self._exchange.receiver.queue:
+            self._exchange.check()  # or they were left by this end, in another thread
             left = self._exchange.roster.departed() or "it never connected"
             raise PeerGone(f"nobody is left who could send to {self.name!r}: {left}")
 

@@ -39,6 +39,7 @@ from transport.message import (
 from transport.receiving import Receiver
 from transport.roster import Roster
 from transport.sending import Sender
+from transport.waiting import take
 from transport.wire import READ_AHEAD, Arrived, Busy, Route, Unreachable, Wire
 
 _log = logging.getLogger("tensorferry.transport")
@@ -84,6 +85,8 @@ class Exchange:
         self._successors: list[tuple[Route, Hello]] = []  # of the dead, by name, who greeted
         self._announced: set[int] = set()
         self._pumping = threading.Lock()
+        self._closing = threading.Lock()
+        self._closer = 0  # the thread that is at it
         self._abandoned = weakref.finalize(
             self, _abandon, self._pid, config.linger, self.wire, outbound, inbounds
         )
@@ -96,23 +99,48 @@ class Exchange:
             raise Closed(f"endpoint {self.name!r} is closed")
 
     def close(self) -> None:
-        """Wait until what was sent can be received, say goodbye, give everything back. Twice is fine."""
-        if self.closed or os.getpid() != self._pid:
+        """Wait until what was sent can be received, say goodbye, give everything back. Twice is fine.
+
+        Who comes while another thread is at it comes back when everything is given back, too.
+        """
+        thread = threading.get_ident()
+        if os.getpid() != self._pid or self._closer == thread:  # a finalizer in the middle of this very call
             return
         self.closed = True
-        self._abandoned.detach()
         self.wire.wake()
+        took: list[bool] = []
+        try:
+            most = 2 * (self.config.linger + _PUMP_MAY_TAKE)  # what it takes who is at it
+            if take(self._closing, took, most) and self._abandoned.alive:
+                self._closer = thread
+                self._close_all()
+        finally:
+            if True in took:
+                self._closer = 0
+                self._closing.release()
+
+    def _close_all(self) -> None:
         deadline = time.monotonic() + self.config.linger
         with ExitStack() as parts:  # each of them, the last one first, whatever another raises
+            # At the very last: a thread that closes may be a daemon, and its process end meanwhile.
+            parts.push(self._is_over)
             parts.callback(self._close_wire, deadline)
             parts.callback(self.receiver.close)
             parts.callback(self.sender.outbound.close)
             parts.callback(self._say_goodbye)
-            # With a limit, since an interrupt (Ctrl-C) may have taken the lock and never given it back.
-            if self._pumping.acquire(timeout=_PUMP_MAY_TAKE):
-                parts.callback(self._pumping.release)
-            self.sender.outbound.flush(self.config.linger)
-            self._await_readers(deadline)
+            took: list[bool] = []
+            try:
+                take(self._pumping, took, _PUMP_MAY_TAKE)
+                self.sender.outbound.flush(self.config.linger)
+                self._await_readers(deadline)
+            finally:
+                if True in took:
+                    self._pumping.release()
+
+    def _is_over(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Unless it was interrupted: then another call, or the end of the process, does the rest."""
+        if kind is None or issubclass(kind, Exception):
+            self._abandoned.detach()
 
     def _say_goodbye(self) -> None:
         for link in self.roster.links():
@@ -187,10 +215,9 @@ class Exchange:
 
         Who is `taking` messages afterwards calls `wake_if_left` when done.
         """
-        if not self._pumping.acquire(blocking=False):
-            return
+        took: list[bool] = []
         try:
-            if self.closed:
+            if not take(self._pumping, took) or self.closed:
                 return
             for arrived in self.wire.drain(_DRAIN):
                 self._handle(arrived)
@@ -199,7 +226,8 @@ class Exchange:
             if self._successors:
                 self._greet_successors()
         finally:
-            self._pumping.release()
+            if True in took:
+                self._pumping.release()
         if not taking:
             self.wake_if_left()
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from transport.link import Build, Link
 from transport.message import Abandon, Data, Part, Piece, Reference
 from transport.roster import Roster
 from transport.tensors import Source, TensorSpec
-from transport.waiting import Poll, attempts
+from transport.waiting import Poll, attempts, take
 
 PARTS = "parts"  # the backend name of a tensor that came in parts
 _NOTHING = NoParcel(Load([]))
@@ -179,23 +179,30 @@ class Sender:
     ) -> list[Link]:
         """Send each link its load, or let go of what the parcel keeps for it; the links that were sent to."""
         sent = []
-        for link in links:
-            release = partial(parcel.release, link.peer)
-            if link.peer in parcel.failed:
-                failed[link.peer.name] = parcel.failed[link.peer]
-                release()
-                continue
-            load = parcel.load(link.peer)
-            try:
-                self._post(link, make(load), load.frames, release, nbytes, deadline)
-            except BaseException as error:
-                release()
-                if not isinstance(error, TransportError):
-                    parcel.abandon()
-                    raise
-                failed[link.peer.name] = detached(error)
-            else:
-                sent.append(link)
+        left = list(links)  # of whom the parcel has to be told here
+        try:
+            while left:
+                link = left[0]
+                release = partial(parcel.release, link.peer)
+                error = parcel.failed.get(link.peer)
+                if error is None:
+                    load = parcel.load(link.peer)
+                    try:
+                        number = self._post(link, make(load), load.frames, release, nbytes, deadline)
+                    except TransportError as failure:
+                        error = detached(failure)
+                del left[0]  # now the link does, once
+                if error is None:
+                    sent.append(link)
+                    self._config.emit("send.posted", peer=link.peer.name, number=number)
+                else:
+                    failed[link.peer.name] = error
+                    release()
+        except BaseException:
+            for link in left:
+                parcel.release(link.peer)
+            parcel.abandon()
+            raise
         parcel.fill()
         return sent
 
@@ -207,13 +214,13 @@ class Sender:
         keeps: Callable[[], None],
         nbytes: int,
         deadline: float,
-    ) -> None:
+    ) -> int:
+        """The number of the message."""
         post = partial(link.send, build, frames, keeps=keeps, nbytes=nbytes)
         try:
-            number = post()
+            return post()
         except Full:
-            number = self._post_later(post, link, nbytes, deadline)
-        self._config.emit("send.posted", peer=link.peer.name, number=number)
+            return self._post_later(post, link, nbytes, deadline)
 
     def _post_later(self, post: Callable[[], int], link: Link, nbytes: int, deadline: float) -> int:
         poll = self._watch("a place in the queue", [link], nbytes)
@@ -276,14 +283,19 @@ class Sender:
     @contextmanager
     def _one_at_a_time(self, links: Sequence[Link], deadline: float) -> Iterator[None]:
         """Parts of two messages do not mix in a link; links in one order, so that senders cannot cross."""
-        with ExitStack() as stack:
+        locks: list[tuple[threading.Lock, list[bool]]] = []
+        try:
             for link in sorted(links, key=lambda link: link.peer.link):
-                lock = self._parting.setdefault(link.peer.link, threading.Lock())
-                if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                lock, took = self._parting.setdefault(link.peer.link, threading.Lock()), list[bool]()
+                locks.append((lock, took))
+                if not take(lock, took, deadline - time.monotonic()):
                     late = self.lateness.account(link)
                     raise Timeout(f"another message in parts is still being sent to {link.peer}; {late}")
-                stack.callback(lock.release)
             yield
+        finally:
+            for lock, took in locks:
+                if True in took:
+                    lock.release()
 
     # ------------------------------------------------------------------ hand-on
 

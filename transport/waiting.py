@@ -33,6 +33,17 @@ def attempts(timeout: float, poll: Poll) -> Iterator[bool]:
         nap = min(2 * nap, _LONGEST_NAP)
 
 
+def take(lock: threading.Lock, took: list[bool], timeout: float = 0.0) -> bool:
+    """Take a lock that is free within so many seconds; `took` says for a `finally` whether it was.
+
+    It says so in the step that takes it: an interrupt (Ctrl-C) between the two would leave a lock that nobody
+    gives back. (`with lock` is such a step, too, but waits for ever.)
+    """
+    # One call of C, in which no handler of signals runs once the lock is taken.
+    took.extend(map(lock.acquire, (timeout > 0,), (timeout if timeout > 0 else -1,)))
+    return took[-1]
+
+
 class Lasting:
     """For how many seconds something lasts, as far as one looked: at most `most` from one look to the next.
 

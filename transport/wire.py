@@ -122,7 +122,8 @@ class Wire:
         self._routers: set[int] = set()
         self._descriptors: dict[int, tuple[int, int]] = {}  # zmq.FD of each socket and of its monitor
         self._doorkeeper: Doorkeeper | None = None
-        self._closed = False
+        self._closed = False  # or about to be
+        self._paths: list[Path] = []  # to be unlinked, once it is
         _wires.add(self)
 
     # ------------------------------------------------------------------ addresses
@@ -244,20 +245,23 @@ class Wire:
         return number
 
     def _remove(self, number: int) -> None:
-        socket = self._sockets.pop(number, None)
+        """Close a socket, then forget it: for one that is forgotten and open `close` would wait for ever."""
+        socket = self._sockets.get(number)
         if socket is None:
             return
-        monitor = self._monitors.pop(number)
-        del self._addresses[number]
+        for descriptor in self._descriptors.pop(number, ()):
+            with suppress(OSError):
+                self._epoll.unregister(descriptor)
+        if not socket.closed:
+            socket.disable_monitor()
+            self._monitors[number].close(0)
+            socket.close()
+        self._addresses.pop(number, None)
         self._dialled.pop(number, None)
         self._reached.discard(number)
         self._routers.discard(number)
-        for descriptor in self._descriptors.pop(number):
-            with suppress(OSError):
-                self._epoll.unregister(descriptor)
-        socket.disable_monitor()
-        monitor.close(0)
-        socket.close()
+        self._monitors.pop(number, None)
+        del self._sockets[number]
 
     # ------------------------------------------------------------------ messages
 
@@ -297,7 +301,10 @@ class Wire:
         ready, self._fired = self._fired, []
         try:
             ready = ready or self._epoll.poll(0, _EVENTS)
-        except ValueError:  # closed by another thread, which whoever called finds out at its next check
+        except (
+            OSError,
+            ValueError,
+        ):  # closed by another thread, which the next check finds out
             return arrived
         if not ready:
             return arrived
@@ -351,8 +358,10 @@ class Wire:
     # ------------------------------------------------------------------ waiting
 
     def fileno(self) -> int:
-        """Readable while there may be something to do; for poll, epoll and event loops."""
-        return self._epoll.fileno()
+        """Readable while there may be something to do; for poll, epoll and event loops. `Closed`."""
+        with suppress(ValueError):
+            return self._epoll.fileno()
+        raise Closed("this endpoint was closed meanwhile")
 
     def wait(self, timeout: float) -> None:
         """Until something may have come, or `timeout` seconds are over."""
@@ -370,32 +379,35 @@ class Wire:
         """`fileno` is readable for what comes from now on; whether `wake` was called before."""
         with self._event_lock:
             awake, self._awake = self._awake, False
-            if awake:
+            if awake and self._event >= 0:
                 os.eventfd_read(self._event)
             return awake
 
     def close(self, linger: float | None = None) -> None:
-        """Close every socket; waits for what is still to be sent, for the linger time or 0.1 s at most."""
+        """Close every socket; waits for what is still to be sent, for the linger time or 0.1 s at most.
+
+        Twice is fine; after an interrupt the second time does the rest.
+        """
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            if linger is not None:
-                for socket in self._sockets.values():
+            if not self._closed:
+                bound = [self._addresses[number] for number in self._routers]
+                self._paths = [Path(a.removeprefix("ipc://")) for a in bound if a.startswith("ipc://")]
+                self._closed = True
+            for socket in self._sockets.values():
+                if linger is not None and not socket.closed:
                     socket.setsockopt(zmq.LINGER, int(max(linger, _LEAST_LINGER) * 1000))
-            bound = [a for n, a in self._addresses.items() if n in self._sockets and a.startswith("ipc://")]
-            routers = {self._addresses[number] for number in self._routers}
             for number in list(self._sockets):
                 self._remove(number)
         self._context.term()
-        for address in bound:
-            if address in routers:
-                Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
+        while self._paths:
+            self._paths[-1].unlink(missing_ok=True)
+            self._paths.pop()
         self.wake()
         self._epoll.close()
         with self._event_lock:
-            os.close(self._event)
-            self._event = -1
+            event, self._event = self._event, -1
+            if event >= 0:
+                os.close(event)
 
 
 def _readable(socket: zmq.Socket[bytes]) -> bool:

@@ -35,6 +35,8 @@ class Counts:
         self.nbytes: Counter[Way] = Counter()
         self._others: dict[str, list[tuple[str, str, int, int]]] = {}
         self._lock = threading.Lock()
+        self._filing = threading.Lock()
+        self._removed = False
         self._file = folder() / f"{os.getpid()}-{next(_numbers)}{_SAVED}"
         self._written = self._said = self._error = ""
         self._next = 0.0
@@ -88,8 +90,9 @@ class Counts:
             self._publish()
         state = {"tensors": self.rows(), "hooked": points.hooked, "failed": dict(guard.failures)}
         text = json.dumps({"role": self.role, "pid": os.getpid(), **state, **more})
-        if text != self._written or not self._file.exists():
-            self._write(text)
+        with self._filing:  # by the mailbox's thread, which may end after the close that removes the file
+            if not self._removed and (text != self._written or not self._file.exists()):
+                self._write(text)
 
     def _write(self, text: str) -> None:
         try:
@@ -106,7 +109,8 @@ class Counts:
 
     def remove(self) -> None:
         """The process ends, or has no need of them any more."""
-        with contextlib.suppress(OSError):
+        with self._filing, contextlib.suppress(OSError):
+            self._removed = True
             self._file.unlink(missing_ok=True)
             self._file.with_suffix(_NEW).unlink(missing_ok=True)
 

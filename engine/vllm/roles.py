@@ -142,10 +142,10 @@ class _Party:
 
     def close(self) -> None:
         """Leave. Tensors that were taken stay."""
-        atexit.unregister(self.close)
         if os.getpid() == self.pid:
             self.mailbox.close()
             self.counts.remove()
+        atexit.unregister(self.close)  # now: the process may end while a thread closes, and waits for that
 
 
 class Front(_Party):

@@ -115,6 +115,15 @@ def test_a_process_is_seen_also_while_it_saves() -> None:
         counts.remove()
 
 
+def test_counters_that_another_thread_removes_as_they_are_saved_stay_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts = Counts("front")
+    monkeypatch.setattr(counts, "_publish", counts.remove)
+    counts.save(now=True)
+    assert not counts._file.exists()
+
+
 def test_engines_are_heard_while_the_counters_are_read() -> None:
     """By the mailbox's thread, while vLLM's logs a line."""
     counts = Counts("front")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from engine.vllm import counts, roles
 from engine.vllm.mailbox import Mailbox
 from engine.vllm.roles import Core, Front, Worker
 from engine.vllm.settings import Settings, core_address, front_address, settings_of, sweep
+from engine.vllm_plugin import leave_with
 from shm import memory
 from shm.memory import Space
 from tests.shm.rings import run_python
@@ -646,6 +648,31 @@ def test_who_finds_nobody_says_so_when_it_gives_up(
         until(lambda: f"nobody was at {front_address(address)} for 0.2 s" in caplog.text)
     finally:
         core.close()
+
+
+def _ends_while_a_thread_closes(address: str) -> None:
+    front = Front(settings(), address)
+    front.counts.save(now=True)
+    closing = threading.Event()
+
+    def flush(_: float) -> bool:
+        closing.set()
+        return threading.Event().wait(0.5)
+
+    front.endpoint._exchange.sender.outbound.flush = flush  # type: ignore[assignment, method-assign]
+    leave_with(threading.Event(), front)  # which is gone at once
+    assert closing.wait(30)
+
+
+def test_a_process_that_ends_while_its_front_end_is_closed_leaves_no_counters(
+    address: str, monkeypatch: pytest.MonkeyPatch, short_path: Path
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(short_path))
+    code = f"from tests.engine.test_vllm_roles import _ends_while_a_thread_closes as f; f({address!r})"
+    ended = run_python(code)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    (folder,) = short_path.iterdir()
+    assert list(folder.iterdir()) == []
 
 
 def test_sockets_of_the_dead_are_swept_and_others_are_not(pair: tuple[Front, Core], short_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from shm import (
     Stalled,
 )
 from shm import layout as at
-from tests.shm.rings import attach, pattern, ring, send
+from tests.shm.rings import attach, pattern, populated, ring, send
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -617,3 +618,44 @@ def test_every_step_is_traced_by_its_name() -> None:
     assert events == wanted
     reader.close()
     writer.close()
+
+
+def test_closing_in_another_thread_ends_a_look_at_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ring() as (writer, reader):
+        handle = send(writer, 1000).handle
+        reader.open(handle)
+        with ThreadPoolExecutor(1) as pool:
+            usable = reader._usable
+
+            def late() -> None:
+                pool.submit(reader.close).result()
+                usable()
+
+            monkeypatch.setattr(reader, "_usable", late)
+            for look in (reader.filled, reader.is_whole, lambda handle: reader.wait_filled(handle, 1)):
+                with pytest.raises(RingClosed):
+                    look(handle)
+
+
+def test_closing_in_another_thread_leaves_a_view_that_was_just_opened() -> None:
+    class Closing:
+        """The lock of `open`, after which another thread closes."""
+
+        def __init__(self, lock: threading.Lock) -> None:
+            self.lock = lock
+
+        def __enter__(self) -> None:
+            self.lock.acquire()
+
+        def __exit__(self, *exception: object) -> None:
+            self.lock.release()
+            if not reader._closed:
+                with ThreadPoolExecutor(1) as pool:
+                    pool.submit(reader.close).result()
+
+    with ring() as (writer, reader):
+        handle = send(writer, 1000).handle
+        reader._opening = Closing(reader._opening)  # type: ignore[assignment]
+        assert np.array_equal(reader.open(handle), pattern(1, 1000))
+        assert reader._closed
+    populated()

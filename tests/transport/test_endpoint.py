@@ -282,7 +282,7 @@ def test_close_in_another_thread_ends_a_send_that_waits_for_room(address: str, b
 # ------------------------------------------------------------------------------------ threads
 
 
-@pytest.mark.parametrize("backend", ["frames", "auto"])
+@pytest.mark.parametrize("backend", ["frames", "auto", "tcp"])
 def test_several_threads_send_and_receive_at_once(address: str, backend: str) -> None:
     threads, each = 3, 40
     options: dict[str, Any] = {

@@ -95,10 +95,15 @@ class ShmOutbound(Outbound):
             raise Full(str(error), failed={peer.name: str(error)}) from error
 
     def admit(self, peer: Peer, answer: Proof | Refusal) -> str:
-        offered = self._offered.pop(peer, None)
+        offered = self._offered.get(peer)
         if offered is None:
             return "nothing was offered"
-        writer, offer = offered
+        try:
+            return self._judge(peer, *offered, answer)
+        finally:  # not before it has its place: another thread closes a ring that nobody maps or was offered
+            self._offered.pop(peer, None)
+
+    def _judge(self, peer: Peer, writer: shm.RingWriter, offer: shm.Offer, answer: Proof | Refusal) -> str:
         if isinstance(answer, Refusal):
             writer.withdraw(offer)
             self._refused[peer] = answer.reason
@@ -201,7 +206,8 @@ class ShmOutbound(Outbound):
         if not self._older:
             return
         with self._making:
-            used = [ring for ring, _ in (*self._places.values(), *self._offered.values())]
+            # In this order: who is admitted meanwhile gets its place before its offer goes.
+            used = [ring for ring, _ in (*self._offered.values(), *self._places.values())]
             unused = [ring for ring in self._older if ring not in used]
             self._older = [ring for ring in self._older if ring in used]
         for ring in unused:

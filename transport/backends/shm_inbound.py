@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 
@@ -39,6 +40,7 @@ class ShmInbound(Inbound):
         self._proved: dict[Peer, shm.RingReader] = {}  # not admitted yet
         self._readers: dict[int, shm.RingReader] = {}
         self._identities: dict[Peer, int] = {}
+        self._changing = threading.Lock()  # of the two above: one thread drops a link, another settles one
         self._short = False
         self.importer = Importer()
         sweep()  # also where no ring will be made: somebody's rings may lie here since long before
@@ -75,54 +77,66 @@ class ShmInbound(Inbound):
         if reason:
             reader.close()
             return
-        for identity in (reader.identity, self._identities.get(peer, 0)):
-            older = self._readers.pop(identity, None)
-            if older is not None:
-                older.close()
-        # An older link to the same process, which may end later, must not take this reader along.
-        self._identities = {p: known for p, known in self._identities.items() if known != reader.identity}
-        self._readers[reader.identity] = reader
-        self._identities[peer] = reader.identity
+        with self._changing:
+            known = self._identities.get(peer, 0)
+            older = [self._readers.get(identity) for identity in {known, reader.identity}]
+            self._readers[reader.identity] = reader
+            if known != reader.identity:
+                self._readers.pop(known, None)
+            # An older link to the same process, which may end later, must not take this reader along.
+            self._identities = {p: ring for p, ring in self._identities.items() if ring != reader.identity}
+            self._identities[peer] = reader.identity
+        for replaced in older:  # now: who opens a record in another thread meets one reader or the other
+            if replaced is not None:
+                replaced.close()
 
     def open(self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]) -> Bytes:
-        reader, record, where = self._find(peer, handle, nbytes)
-        start = where.start
-        try:
-            view = reader.open(record)
-        except shm.ShmError as error:
-            raise _told(error, peer, reader) from error
-        return view if nbytes == record.nbytes else view[start : start + nbytes]
+        return self._opened(peer, handle, nbytes)[0]
 
     def open_early(
         self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]
     ) -> tuple[Bytes, Complete | None]:
-        reader, record, where = self._find(peer, handle, nbytes)
-        start = where.start
-        view = _opened_early(peer, reader, record, where)
-        complete = (
-            None if reader.is_whole(record) else partial(_completed, peer, reader, record, start + nbytes)
-        )
-        return view if nbytes == record.nbytes else view[start : start + nbytes], complete
+        view, reader, record, start, whole = self._opened(peer, handle, nbytes, early=True)
+        complete = None if whole else partial(_completed, peer, reader, record, start + nbytes)
+        return view, complete
 
     def follow(
         self, peer: Peer, handle: bytes, nbytes: int, frames: Sequence[Bytes]
     ) -> Iterator[tuple[int, Bytes]]:
-        reader, record, where = self._find(peer, handle, nbytes)
-        start = where.start
-        view = _opened_early(peer, reader, record, where)
-        done = start
-        while done < start + nbytes:
+        view, reader, record, start, _ = self._opened(peer, handle, nbytes, early=True)
+        done = 0
+        while done < nbytes:
             try:
-                filled = min(_written(peer, reader, record, done + 1), start + nbytes)
+                filled = min(_written(peer, reader, record, start + done + 1) - start, nbytes)
             except TransportError:
                 del view  # the traceback keeps this frame, which must not keep the record
                 raise
-            yield done - start, view[done:filled]
+            yield done, view[done:filled]
             done = filled
 
     def open_record(self, peer: Peer, handle: bytes) -> Bytes:
         """All bytes of what a handle names, however many they are; otherwise as `open`."""
         return self.open(peer, handle, _decoded(handle).length, ())
+
+    def _opened(
+        self, peer: Peer, handle: bytes, nbytes: int, *, early: bool = False
+    ) -> tuple[Bytes, shm.RingReader, shm.Handle, int, bool]:
+        """A tensor's bytes, whose reader and record, where in it they begin, and whether it is complete.
+
+        `early`: it need not be.
+        """
+        while True:
+            reader, record, where = self._find(peer, handle, nbytes)
+            try:
+                view, whole = _opened(reader, record, early=early)
+            except shm.ShmError as error:
+                now = self._readers.get(where.segment)
+                if not isinstance(error, shm.RingClosed) or now is None or now is reader:
+                    raise _told(error, peer, reader, early=early and where.early) from error
+                continue  # another thread has just put the next reader in its place
+            start = where.start
+            part = view if nbytes == record.nbytes else view[start : start + nbytes]
+            return part, reader, record, start, whole
 
     def _find(self, peer: Peer, handle: bytes, nbytes: int) -> tuple[shm.RingReader, shm.Handle, RingHandle]:
         """Where a tensor is: whose ring, which record, and where in it."""
@@ -147,7 +161,9 @@ class ShmInbound(Inbound):
         return handles.decode(handle).segment
 
     def drop(self, peer: Peer) -> None:
-        for reader in (self._proved.pop(peer, None), self._readers.pop(self._identities.pop(peer, 0), None)):
+        with self._changing:
+            readers = self._proved.pop(peer, None), self._readers.pop(self._identities.pop(peer, 0), None)
+        for reader in readers:
             if reader is not None:
                 reader.close()
 
@@ -176,12 +192,14 @@ def _decoded(handle: bytes) -> RingHandle:
         raise ProtocolError(f"a ring handle is not one: {error}") from error
 
 
-def _opened_early(peer: Peer, reader: shm.RingReader, record: shm.Handle, where: RingHandle) -> Bytes:
-    """A record of which some bytes may still be written."""
+def _opened(reader: shm.RingReader, record: shm.Handle, *, early: bool) -> tuple[Bytes, bool]:
+    """The bytes of a record, and whether all of them are there."""
+    view = reader.open(record, early=early)
     try:
-        return reader.open(record, early=True)
-    except shm.ShmError as error:
-        raise _told(error, peer, reader, early=where.early) from error
+        return view, not early or reader.is_whole(record)
+    except shm.ShmError:
+        del view  # as in `follow`
+        raise
 
 
 def _written(

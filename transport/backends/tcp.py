@@ -137,13 +137,13 @@ class TcpOutbound(Outbound):
     def admit(self, peer: Peer, answer: Proof | Refusal) -> str:
         if peer not in self._asked:
             return "nothing was offered"
-        self._asked.discard(peer)
         if isinstance(answer, Refusal):
-            self._refused[peer] = answer.reason
-            return answer.reason
-        reason = self.agree(peer, answer.data, dial=peer.dialled)
+            reason = answer.reason
+        else:
+            reason = self.agree(peer, answer.data, dial=peer.dialled)
         if reason:
             self._refused[peer] = reason
+        self._asked.discard(peer)  # now: who sends in another thread waits for what was asked for, or is made
         return reason
 
     def terms(self, peer: Peer, *, expecting: bool) -> Terms:
@@ -184,8 +184,12 @@ class TcpOutbound(Outbound):
         self._asked.discard(peer)
         self._refused.pop(peer, None)
         channel = self.hub.channel(peer)
-        if channel is not None:
+        if channel is None:
+            return
+        if channel.opened:
             self.hub.tell(channel.end)
+        else:  # nothing came; and another thread that offers may have made it after all else was forgotten
+            self.hub.drop(peer)
 
     def _why_not(self, peer: Peer) -> str:
         """Why there is no bulk connection and will be none, "" while there may be one."""

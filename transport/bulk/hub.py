@@ -31,6 +31,7 @@ from transport.bulk.poller import IN, OUT, Poller
 from transport.bulk.tls import Identity, available
 from transport.bulk.transfer import Outgoing
 from transport.config import TransportConfig
+from transport.errors import Closed
 from transport.waiting import RateLimit
 
 _log = logging.getLogger("tensorferry.transport")
@@ -52,6 +53,7 @@ class Hub:
         self._commands: deque[Command] = deque()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._ended = False  # the thread has, or there was none
         self._ways: dict[int, Way] = {}  # by link
         self._listeners: dict[tuple[str, bool], sockets.socket] = {}  # by host, and whether with TLS
         self._poller = Poller()
@@ -71,7 +73,7 @@ class Hub:
     def expect(self, peer: Peer, host: str) -> tuple[int, bytes]:
         """Let a peer dial; the port at which it reaches this host, and the secret that it must know.
 
-        `OSError` when nothing can listen there.
+        `OSError` when nothing can listen there, `Closed`.
         """
         with self._lock:
             way = self._way(peer, secrets.token_bytes(TOKEN_BYTES))
@@ -92,7 +94,7 @@ class Hub:
             return int(listener.getsockname()[1]), way.token
 
     def dial(self, peer: Peer, host: str, port: int, token: bytes) -> Channel:
-        """Connect to a peer that expects it; tried again until `handshake_timeout` is over."""
+        """Connect to a peer that expects it; tried again until `handshake_timeout` is over. `Closed`."""
         with self._lock:
             way = self._way(peer, token)
             if not way.port:
@@ -119,6 +121,7 @@ class Hub:
                 except (ssl.SSLError, ValueError):
                     return "the certificate is none"
                 way.certificate = certificate
+                self._check()
                 self._queue(_nothing)  # who dials was waiting for it
             return ""
 
@@ -134,7 +137,13 @@ class Hub:
     def _is_secure(self, peer: Peer) -> bool:
         return bool(self._config.curve_key) and peer.address.startswith("tcp://")
 
+    def _check(self) -> None:
+        """Nothing is made any more that nobody would close; and the event's descriptor may be another's."""
+        if self._closed:
+            raise Closed("this endpoint was closed meanwhile")
+
     def _way(self, peer: Peer, token: bytes) -> Way:
+        self._check()
         way = self._ways.get(peer.link)
         if way is None:
             channel = Channel(peer, self._config, self.landing, self._wake, self.neighbours)
@@ -157,13 +166,15 @@ class Hub:
     def tell(self, command: Command, *, now: bool = True) -> None:
         """Have the thread do something; `now`: wake it for that."""
         with self._lock:
-            if not self._closed:
+            if not self._ended:
                 self._queue(command, now=now)
                 return
-        command()  # the thread has ended: nobody else does anything
+        command()  # nobody else does anything
 
     def _queue(self, command: Command, *, now: bool = True) -> None:
         self._commands.append(command)
+        if self._closed:  # who closes obeys it, when the thread has ended
+            return
         if self._thread is None:
             self._poller.open()
             self._thread = threading.Thread(target=self._run, name="tensorferry-bulk", daemon=True)
@@ -215,13 +226,11 @@ class Hub:
         return True
 
     def close(self) -> None:
-        """Close every connection and end the thread. Twice is fine."""
+        """Close every connection and end the thread. Twice is fine; after an interrupt it does the rest."""
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
             thread = self._thread
-            if thread is not None:
+            if thread is not None and not self._ended:
                 self._poller.wake()
         if thread is not None and thread is not threading.current_thread():
             thread.join(_END_MAY_TAKE)
@@ -351,6 +360,8 @@ class Hub:
     # ------------------------------------------------------------------ the end
 
     def _release(self) -> None:
+        with self._lock:
+            self._ended = True
         self._obey()
         for way in list(self._ways.values()):
             way.channel.close()

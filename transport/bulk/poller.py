@@ -68,5 +68,7 @@ class Poller:
         """Wait for nothing any more; the sockets stay open. Twice is fine."""
         if self.opened:
             self.opened = False
-            self._epoll.close()
-            os.close(self._event)
+            try:
+                self._epoll.close()
+            finally:
+                os.close(self._event)
