@@ -47,7 +47,7 @@ def test_copied_out_above_the_fill_level(model: Path) -> None:
 
 
 def test_a_ring_that_is_too_small(model: Path) -> None:
-    """It holds a prompt's two images, while vLLM still keeps the last prompt's."""
+    """It holds a prompt's two images, while vLLM is still at the last prompt's."""
     result = run(model, additional_config=ferry(ring_bytes=RING_OF_TWO))
     assert result["said"] == stock(model)
     counts = {way: count for way, (count, _) in result["ways"].items()}
