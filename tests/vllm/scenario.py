@@ -40,10 +40,9 @@ def arguments(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def result(said: list[Any], counted: dict[str, list[int]]) -> str:
+def result(said: list[Any], counted: dict[str, list[int]], held: int = 0) -> str:
     """The line by which the one who started this program gets what it wants."""
     plugin = "engine.vllm_plugin" in sys.modules
-    held = sum(ring.live for ring in rings())
     return "RESULT " + json.dumps({"said": said, "ways": counted, "plugin": plugin, "held": held})
 
 
@@ -53,10 +52,10 @@ def fronts() -> list[Any]:
     return list(plugin._fronts) if plugin else []
 
 
-def rings() -> list[Any]:
-    """What their rings have in them."""
-    found = [front.endpoint.statistics()["backend"].get("ring") for front in fronts()]
-    return [ring for ring in found if ring is not None]
+def held() -> int:
+    """Records that are still in their rings."""
+    rings = [front.endpoint.statistics()["backend"].get("ring") for front in fronts()]
+    return sum(ring.live for ring in rings if ring is not None)
 
 
 def await_workers(options: dict[str, Any]) -> None:
@@ -109,7 +108,8 @@ def lose(numbers: list[int]) -> None:
     Endpoint.try_send = sometimes  # type: ignore[assignment,method-assign]
 
 
-Said = tuple[list[Any], dict[str, list[int]]]
+Said = tuple[list[Any], dict[str, list[int]], int]
+"""What `result` takes, found while vLLM still lives."""
 
 
 def offline(options: dict[str, Any], batches: list[list[dict[str, Any]]], kill: str) -> Said:
@@ -133,8 +133,8 @@ def offline(options: dict[str, Any], batches: list[list[dict[str, Any]]], kill: 
             try:
                 llm.generate(batch, SamplingParams(max_tokens=2), use_tqdm=False)
             except Exception as error:  # noqa: BLE001  # its name is the result
-                return [*said, type(error).__name__], ways()
-    return said, final_ways()
+                return [*said, type(error).__name__], ways(), 0
+    return said, final_ways(), held()
 
 
 async def served(options: dict[str, Any], batches: list[list[dict[str, Any]]]) -> Said:
@@ -156,7 +156,7 @@ async def served(options: dict[str, Any], batches: list[list[dict[str, Any]]]) -
     for number, batch in enumerate(batches):
         tasks = [ask(prompt, f"{number}-{index}") for index, prompt in enumerate(batch)]
         said += await asyncio.gather(*tasks)
-    return said, await asyncio.to_thread(final_ways)
+    return said, await asyncio.to_thread(final_ways), held()
 
 
 def main() -> None:
@@ -173,8 +173,8 @@ def main() -> None:
         lose(given.pop("lose"))
     options = arguments(given)
     offline_ = mode == "offline"
-    said, counted = offline(options, batches, kill) if offline_ else asyncio.run(served(options, batches))
-    print(result(said, counted), flush=True)
+    found = offline(options, batches, kill) if offline_ else asyncio.run(served(options, batches))
+    print(result(*found), flush=True)
 
 
 if __name__ == "__main__":
