@@ -301,10 +301,7 @@ class Wire:
         ready, self._fired = self._fired, []
         try:
             ready = ready or self._epoll.poll(0, _EVENTS)
-        except (
-            OSError,
-            ValueError,
-        ):  # closed by another thread, which the next check finds out
+        except (OSError, ValueError):  # closed by another thread, which the next check finds out
             return arrived
         if not ready:
             return arrived
