@@ -68,6 +68,26 @@ def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
     setattr(owner, name, wrapped)
 
 
+def _settings(vllm_config: Any, engines: Sequence[int] = ()) -> Settings:
+    """Those that were asked for, with defaults for this vLLM. engines: those of a front end."""
+    depends: dict[str, int] = {"engines": len(engines) or 1}
+    with Harmless("what the size of the ring depends on", tensors=False):
+        depends["queues"] = vllm_config.parallel_config.data_parallel_size_local
+        depends["cache_bytes"] = _cache_bytes(vllm_config) if engines else 0
+    settings = settings_of(vllm_config.additional_config, **depends)
+    assert settings is not None  # who calls has looked
+    return settings
+
+
+def _cache_bytes(vllm_config: Any) -> int:
+    """What an EngineCore may keep in a cache of images of its own, as vLLM decides whether there is one."""
+    parallel, images = vllm_config.parallel_config, vllm_config.model_config.multimodal_config
+    alone = parallel.data_parallel_size == 1 or parallel.data_parallel_external_lb
+    if images is None or not alone or parallel._api_process_count > 1:
+        return 0
+    return int(images.mm_processor_cache_gb * (1 << 30)) if images.mm_processor_cache_type == "lru" else 0
+
+
 # ---------------------------------------------------------------------- the front end
 
 
@@ -120,13 +140,11 @@ def _hook_front() -> bool:
 def _client_made(original: Callable[..., None], client: Any, *arguments: Any, **named: Any) -> None:
     original(client, *arguments, **named)
     with Harmless("the front end"):
-        engines = getattr(client, "engine_ranks_managed", ())
-        settings = settings_of(client.vllm_config.additional_config, engines=len(engines))
-        if settings is not None:
-            _link(client, settings)
+        if settings_of(client.vllm_config.additional_config) is not None:
+            _link(client)
 
 
-def _link(client: Any, settings: Settings) -> None:
+def _link(client: Any) -> None:
     """Make the client's ring and wait for its engines on this host. AttributeError: vLLM is not as known."""
     parallel = client.vllm_config.parallel_config
     engines = client.engine_ranks_managed
@@ -139,7 +157,7 @@ def _link(client: Any, settings: Settings) -> None:
     if client.encoder.oob_tensor_consumer is not None:
         _log.warning("tensorferry: mm_tensor_ipc carries the tensors already; take direct_rpc")
         return
-    front = Front(settings, _address_of(client.input_socket))
+    front = Front(_settings(client.vllm_config, engines), _address_of(client.input_socket))
     leave_with(client, front)
     consumer = _consumer(front)
     there = front.wait_for(engines[: parallel.data_parallel_size_local], _READY_TIMEOUT)
@@ -265,9 +283,9 @@ def _hook_engine() -> bool:
 def _input_begins(original: Callable[..., Any], engine: Any, *arguments: Any, **named: Any) -> Any:
     """In the engine's input thread, before its decoders are built."""
     with Harmless("the EngineCore"):
-        settings = settings_of(engine.vllm_config.additional_config)
-        if settings is not None and engine.tensor_ipc_receiver is None and _has_tensors(engine.vllm_config):
-            _meet(engine, settings, pick((*arguments, *named.values()), "list of addresses", _is_addresses))
+        asked = settings_of(engine.vllm_config.additional_config) is not None
+        if asked and engine.tensor_ipc_receiver is None and _has_tensors(engine.vllm_config):
+            _meet(engine, pick((*arguments, *named.values()), "list of addresses", _is_addresses))
     return original(engine, *arguments, **named)
 
 
@@ -275,7 +293,7 @@ def _is_addresses(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(text, str) for text in value)
 
 
-def _meet(engine: Any, settings: Settings, addresses: list[str]) -> None:
+def _meet(engine: Any, addresses: list[str]) -> None:
     """Make this engine's end. Its decoder gets the provider last, whatever became of hop 2."""
     global _core
     queue: Any = getattr(engine.model_executor, "rpc_broadcast_mq", None)
@@ -284,7 +302,7 @@ def _meet(engine: Any, settings: Settings, addresses: list[str]) -> None:
         with Harmless("the queue to the workers"):
             points.require(points.WORKERS)
             workers = 0 if queue.n_remote_reader else queue.n_local_reader
-    core = Core(settings, engine.engine_index, addresses, workers)
+    core = Core(_settings(engine.vllm_config), engine.engine_index, addresses, workers)
     if workers:
         with Harmless("the queue to the workers"):
             pickling.hook(queue, core)

@@ -185,9 +185,9 @@ class Placement:
         mark = self._segment.mark
         if not mark:
             raise error
-        if self.short is None:
-            _log.warning("the ring stays at %s: %s", memory.human(mark), error)
-        self.short = NoSpace(str(error))
+        told, self.short = self.short, NoSpace(str(error))  # not the error, which leads to what callers hold
+        if told is None:
+            _log.warning("the ring stays at %s: %s", memory.human(mark), self.short)
         self.capacity = mark
         self.limit = int(mark * self._share)
         self._extents.drop_above(mark)

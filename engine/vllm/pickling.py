@@ -47,7 +47,7 @@ def as_calls(core: Core) -> Iterator[None]:
     """Until the end, this thread pickles tensors as calls of `take` where the workers have them."""
     from vllm.distributed.device_communicators import shm_broadcast
 
-    core.measure()
+    core.begin_message()
     _pickling.core = core
     later = hasattr(shm_broadcast, "_reduce_tensor")
     before: Any = shm_broadcast._reduce_tensor if later else copyreg.dispatch_table.get(torch.Tensor)

@@ -67,7 +67,9 @@ class _Party:
         self._numbers = itertools.count(1)
         self._message = 0  # of vLLM's
         self._since = time.monotonic()
-        self._used = 0  # bytes of the ring, as of the last message and what it added
+        # Of the ring, asked for once in a message of vLLM's with tensors; then what these add.
+        self._used: int | None = None
+        self._most = 0  # what of it may be used before tensors are copied out
         # Before the endpoint's own finalizer takes the sockets from under the mailbox's thread.
         atexit.register(self.close)
 
@@ -80,8 +82,8 @@ class _Party:
             self._refused("larger than the ring", nbytes)
             return None
         key = (self.name, self._message, next(self._numbers))
-        self._used += nbytes
-        copy = self._used > self.settings.copy_above * self.settings.transport.ring_bytes
+        self._used = self._measured() + nbytes
+        copy = self._used > self._most
         body = {"key": key, "copy": copy, "tensor": tensor.detach()}
         try:
             self.endpoint.try_send(body, to=readers)
@@ -95,11 +97,19 @@ class _Party:
         """Whether it is worth the ring; what is small, or on a device, is vLLM's."""
         return tensor.is_cpu and tensor.nbytes >= self.settings.transport.inline_below
 
-    def measure(self) -> None:
-        """A message of vLLM's begins: see how full the ring is before its tensors."""
+    def begin_message(self) -> None:
+        """A message of vLLM's begins; most have no tensors."""
         self._message += 1
-        ring = self.endpoint.statistics()["backend"].get("ring")
-        self._used = ring.used if ring is not None else 0
+        self._used = None
+
+    def _measured(self) -> int:
+        """Bytes of the ring in use, and sets how much that may be: the ring may be smaller than asked for."""
+        if self._used is None:
+            ring = self.endpoint.statistics()["backend"].get("ring")
+            self._used = ring.used if ring is not None else 0
+            capacity = ring.capacity if ring is not None else self.settings.transport.ring_bytes
+            self._most = int(self.settings.copy_above * capacity)
+        return self._used
 
     def _refused(self, why: str, nbytes: int) -> None:
         self.counts.add(self._hop, f"vLLM ({why})", nbytes)
@@ -180,8 +190,10 @@ class Front(_Party):
         self._target = _ENGINE.format(int.from_bytes(engine, "little"))
         try:
             if self._target in self._ready:
-                self.measure()
+                self.begin_message()
                 once = {id(tensor): tensor for tensor in tensors if self.suits(tensor)}
+                if once:
+                    self._measured()  # before there are loans
                 self._lend_all(list(once.values()), self._target)
             yield
         finally:

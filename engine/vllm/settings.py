@@ -18,10 +18,11 @@ import shm
 from transport import TransportConfig
 
 KEY = "tensorferry"
-_RING_BYTES = 2 << 30  # two prompts of 32 images of 1 megapixel in float32, as vLLM keeps the last one
+_RING_BYTES = 2 << 30  # in half of it two prompts of 32 images of 1 megapixel in bfloat16 fit
+_LEAST_RING_BYTES = 256 << 20
 # An image is larger. Steps of the usual size would keep up to two of them reserved beyond what is needed.
 _RING_STEP_BYTES = 1 << 20
-# What the queue from an EngineCore to its workers may touch: 10 chunks of 16 MiB. It does not reserve them,
+# What each queue from an EngineCore to its workers may touch: 10 chunks of 16 MiB. It does not reserve them,
 # and where no page is left its writer dies of SIGBUS.
 _SPARE_BYTES = 160 << 20
 _YOUNG = 10.0  # seconds; a socket that zmq has bound and not yet listened at refuses, too
@@ -47,9 +48,13 @@ class Settings:
         return min(int(ring * self.transport.peer_share), ring - ring // 16)
 
 
-def settings_of(additional_config: object, *, engines: int = 1) -> Settings | None:
+def settings_of(
+    additional_config: object, *, engines: int = 1, queues: int = 1, cache_bytes: int = 0
+) -> Settings | None:
     """The settings in vLLM's `additional_config`; None when there are none: vLLM then runs as without us.
 
+    The defaults depend on engines: those of a front end; queues: from EngineCores to workers on this host;
+    cache_bytes: what an EngineCore's own cache of images may keep.
     ValueError: an option that is unknown or wrong, by name, or what is no option at all.
     """
     given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
@@ -66,11 +71,12 @@ def settings_of(additional_config: object, *, engines: int = 1) -> Settings | No
         raise ValueError(f"{KEY}: unknown option {', '.join(unknown)}; known: {every}")
     if not isinstance(copy_above, int | float) or not 0 <= copy_above <= 1:
         raise ValueError(f"{KEY}: copy_above must be from 0 to 1, not {copy_above!r}")
+    spare = _SPARE_BYTES * max(1, queues)
     # Of several engines a stopped one must not have the whole ring; a single one may.
     defaults: dict[str, Any] = {
-        "ring_bytes": _RING_BYTES,
+        "ring_bytes": _ring_bytes(cache_bytes, spare),
         "ring_step_bytes": _RING_STEP_BYTES,
-        "shm_spare_bytes": _SPARE_BYTES,
+        "shm_spare_bytes": spare,
         "peer_share": 1.0 if engines == 1 else 0.5,
     }
     try:
@@ -78,6 +84,20 @@ def settings_of(additional_config: object, *, engines: int = 1) -> Settings | No
     except ValueError as error:
         raise ValueError(f"{KEY}: {error}") from None
     return Settings(transport, float(copy_above))
+
+
+def _ring_bytes(cache_bytes: int, spare: int) -> int:
+    """So much that what the cache keeps stays below `copy_above`, half of it, as far as /dev/shm has that.
+
+    An image of the cache takes memory in the ring in place of memory of the EngineCore.
+    """
+    try:
+        free = (shm.space().free - spare) >> 20 << 20
+    except shm.NoSpace:
+        free = 0
+    if free < _LEAST_RING_BYTES:
+        return _RING_BYTES  # which does not fit: who makes the ring says so, and what to do
+    return min(_RING_BYTES + 2 * cache_bytes, free)
 
 
 def folder() -> Path:

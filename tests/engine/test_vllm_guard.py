@@ -226,7 +226,11 @@ def engine(additional_config: Any, *, multimodal: bool = True) -> Any:
     """As an `EngineCoreProc` without workers."""
     model = types.SimpleNamespace(multimodal_config={} if multimodal else None, enable_prompt_embeds=False)
     return types.SimpleNamespace(
-        vllm_config=types.SimpleNamespace(additional_config=additional_config, model_config=model),
+        vllm_config=types.SimpleNamespace(
+            additional_config=additional_config,
+            model_config=model,
+            parallel_config=types.SimpleNamespace(data_parallel_size_local=1),
+        ),
         tensor_ipc_receiver=None,
         model_executor=types.SimpleNamespace(),
         engine_index=0,
@@ -305,7 +309,7 @@ class Failing(Core):
     def __init__(self, *, measures: bool) -> None:
         self._measures = measures
 
-    def measure(self) -> None:
+    def begin_message(self) -> None:
         if not self._measures:
             raise RuntimeError("the ring cannot be measured")
 

@@ -59,6 +59,57 @@ def test_a_client_that_is_not_as_known_is_left_alone_and_said(caplog: pytest.Log
     assert "has no attribute 'engine_ranks_managed'; tensors go vLLM's way" in caplog.text
 
 
+GIB = 1 << 30
+
+
+def vllm_config(*, servers: int = 1, ranks: int = 1, balanced: bool = False, kind: str = "lru") -> Any:
+    """As vLLM's; servers, ranks: API servers and data-parallel ranks, balanced: by somebody outside."""
+    return types.SimpleNamespace(
+        additional_config={"tensorferry": True},
+        parallel_config=types.SimpleNamespace(
+            data_parallel_size=ranks,
+            data_parallel_size_local=ranks,
+            data_parallel_external_lb=balanced,
+            _api_process_count=servers,
+        ),
+        model_config=types.SimpleNamespace(
+            multimodal_config=types.SimpleNamespace(mm_processor_cache_gb=4, mm_processor_cache_type=kind)
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "ring"),
+    [
+        (vllm_config(), 10),
+        (vllm_config(ranks=2, balanced=True), 10),
+        (vllm_config(ranks=2), 2),  # vLLM then has a cache in the front end alone
+        (vllm_config(servers=2), 2),
+        (vllm_config(kind="shm"), 2),
+    ],
+)
+def test_half_of_the_ring_has_room_for_what_the_engines_cache_keeps(
+    monkeypatch: pytest.MonkeyPatch, config: Any, ring: int
+) -> None:
+    monkeypatch.setattr(shm, "space", lambda: shm.Space(64 * GIB, 32 * GIB, None, 64 * GIB))
+    assert vllm_plugin._settings(config, engines=[0]).transport.ring_bytes == ring * GIB
+    assert vllm_plugin._settings(config).transport.ring_bytes == 2 * GIB  # an EngineCore's own
+
+
+def test_the_ring_is_no_larger_than_dev_shm_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rings = []
+    for free in (6 * GIB, GIB, 64 << 20):
+        monkeypatch.setattr(shm, "space", lambda free=free: shm.Space(64 * GIB, free, None, 64 * GIB))
+        rings.append(vllm_plugin._settings(vllm_config(), engines=[0]).transport.ring_bytes)
+    assert rings == [6 * GIB - (160 << 20), GIB - (160 << 20), 2 * GIB]  # the last is said not to fit
+
+
+def test_each_engines_queue_to_its_workers_is_left_its_part_of_dev_shm() -> None:
+    settings = vllm_plugin._settings(vllm_config(ranks=3), engines=[0, 1, 2])
+    assert settings.transport.shm_spare_bytes == 3 * (160 << 20)
+    assert settings.transport.peer_share == 0.5
+
+
 class _Client:
     """As an `MPClient`, a thing that leads to itself."""
 
@@ -232,7 +283,7 @@ def test_tensors_are_pickled_otherwise_only_while_a_queue_is_written(
         monkeypatch.setitem(copyreg.dispatch_table, torch.Tensor, before)
 
     class Handing(_Gone):
-        def measure(self) -> None:
+        def begin_message(self) -> None:
             pass
 
         def hand_on(self, tensor: torch.Tensor) -> tuple[str, tuple[str, int, int]] | None:

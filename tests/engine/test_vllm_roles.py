@@ -18,6 +18,7 @@ from typing import cast
 import pytest
 import torch
 
+import shm
 import transport
 from engine.vllm import counts, roles
 from engine.vllm.mailbox import Mailbox
@@ -188,6 +189,42 @@ def test_a_tensor_that_a_request_has_several_times_travels_once(
         assert [(count, nbytes) for _, _, count, nbytes in front.counts.rows()] == [(2, 2 * same.nbytes)]
         del got
         until(lambda: used(front) == 0)
+
+
+def test_a_ring_that_stays_small_is_copied_out_of_from_half_of_what_it_has(address: str) -> None:
+    """Not of what was asked for, which it would never reach."""
+    given = settings(ring_bytes=1 << 30, shm_spare_bytes=shm.space().free - (8 << 20))
+    core, front = Core(given, 0, [address], workers=0), Front(given, address)
+    try:
+        assert front.wait_for([0], timeout=30) == [0]
+        metas = [lend(front, image(seed)) for seed in range(10)]  # 12 MB
+        assert None in metas
+        kept = [provide(core, meta) for meta in metas if meta]
+        kept.clear()
+        until(lambda: used(front) == 0)
+        assert "copied out" not in {how for _, how, _, _ in front.counts.rows()}
+        kept += [provide(core, lend(front, image(seed))) for seed in range(5)]
+        assert "copied out" in {how for _, how, _, _ in front.counts.rows()}
+    finally:
+        front.close()
+        core.close()
+
+
+def test_how_full_the_ring_is_is_asked_once_for_a_message_with_tensors(
+    pair: tuple[Front, Core], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It frees what can be freed, which takes time, and most messages have no tensors."""
+    front, core = pair
+    asked, statistics = [], front.endpoint.statistics
+    front._pool.shutdown()
+    monkeypatch.setattr(type(front.endpoint), "statistics", lambda _: asked.append(1) or statistics())
+    with front.sending_to(ENGINE):
+        pass
+    assert not asked
+    with front.sending_to(ENGINE):
+        metas = [front.lend(image(seed)) for seed in range(3)]
+    assert len(asked) == 1
+    assert all(torch.equal(provide(core, meta), image(seed)) for seed, meta in enumerate(metas))
 
 
 def test_of_a_request_too_large_for_the_ring_some_tensors_go_vllms_way(keeping: tuple[Front, Core]) -> None:
