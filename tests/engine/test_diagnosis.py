@@ -124,6 +124,28 @@ class TestPs:
             assert f"rank0 (pid {process.pid}): open for" in shown
             assert f"rank0 (pid {process.pid}): not opened" in shown
 
+    def test_shows_what_the_owner_alone_has(self) -> None:
+        with ring() as (writer, _):
+            views = [writer.lend(record, keep=False) for record in writer.reserve([5000, 300 << 10])]
+            (info,) = (info for info in parsed("ps") if info["name"] == writer.name)
+            assert (info["live"], info["unpublished"], info["unpublished_nbytes"]) == (2, 2, 312200)
+            for command in ("ps", "top"):
+                shown = " ".join(tensorferry(command).stdout.split())
+                assert "304.9 KiB 1 MiB ≤ 719.1 KiB" in shown
+                assert f"{writer.name} (owner) {os.getpid()} 2 304.9 KiB – – – –" in shown
+                assert "(owner) is no reader: loans not sent yet, tensors just being written" in shown
+            assert parsed("ps", writer.name)["segment"]["unpublished"] == 2
+            shown = tensorferry("ps", writer.name).stdout
+            assert "no records" not in shown
+            assert shown.endswith("not listed: 2 records (304.9 KiB) that the owner alone has\n")
+            del views
+            writer.look()
+            writer.commit(writer.reserve([64 << 10]), keep=True)
+            for arguments in (["ps"], ["ps", writer.name], ["top"]):
+                shown = tensorferry(*arguments).stdout
+                assert "64 KiB 1 MiB 960 KiB" in " ".join(shown.split())
+                assert not [word for word in ("≤", "(owner)", "not listed") if word in shown]
+
     def test_a_name_that_fits_none_or_several_is_one_line(self) -> None:
         with owner() as (_, name), ring() as (writer, _):
             done = tensorferry("ps", "nothing")
