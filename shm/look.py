@@ -71,14 +71,14 @@ class RecordInfo:
 class SegmentInfo:
     """One name in /dev/shm. Sizes in bytes, times in seconds; zero where the header is unusable.
 
-    `nbytes`: pages taken, of `capacity` bytes of data `mark` are reserved and `used` in `live` records,
-    those counted that wait for the writer to look (it reclaims when it needs space). `unpublished`: those
-    of them, of `unpublished_nbytes` bytes, that no line of the slot table has: loans that are not sent yet,
-    tensors that are being written, go to another host or came from one. `made`: records ever.
-    `largest_free`: the largest gap between records of the slot table, and no more than is left beside the
-    unpublished, whose places cannot be seen: it is exact where there are none. `program`: the owner's, as
-    far as it can be told in this pid namespace. `oldest`: the longest that any reader has had a record
-    open, None when nobody has.
+    `nbytes`: pages taken. `capacity`: bytes of data, fewer than asked for once there were no more pages;
+    of these `mark` are reserved and `used` in `live` records, those counted that wait for the writer to
+    look (it reclaims when it needs space). `unpublished`: those of them, of `unpublished_nbytes` bytes,
+    that no line of the slot table has: loans that are not sent yet, tensors that are being written, go to
+    another host or came from one. `made`: records ever. `largest_free`: the largest gap between records of
+    the slot table, and no more than is left beside the unpublished, whose places cannot be seen: it is
+    exact where there are none. `program`: the owner's, as far as it can be told in this pid namespace.
+    `oldest`: the longest that any reader has had a record open, None when nobody has.
     """
 
     name: str
@@ -144,9 +144,10 @@ class Look:
         # Never negative: the lines were read after the header, and either may be planted.
         unpublished = max(0, live - len(lines))
         published_nbytes = sum(line.nbytes for line in lines)
-        largest_free = _largest_gap(lines, self._layout.capacity)
+        capacity = min(header[at.H_LIMIT] or self._layout.capacity, self._layout.capacity)
+        largest_free = _largest_gap(lines, capacity)
         if unpublished:
-            largest_free = min(largest_free, max(0, self._layout.capacity - used))
+            largest_free = min(largest_free, max(0, capacity - used))
         return SegmentInfo(
             name=name,
             alive=alive,
@@ -154,7 +155,7 @@ class Look:
             nbytes=os.fstat(self._fd).st_blocks * 512,
             program=_program(pid, header[at.H_STARTED]) if alive else "",
             age=max(0, self._now + self._ahead - header[at.H_CREATED_NS]) / 1e9,
-            capacity=self._layout.capacity,
+            capacity=capacity,
             mark=header[at.H_MARK],
             live=live,
             used=used,

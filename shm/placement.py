@@ -188,7 +188,7 @@ class Placement:
         if self.short is None:
             _log.warning("the ring stays at %s: %s", memory.human(mark), error)
         self.short = NoSpace(str(error))
-        self.capacity = mark
+        self.capacity = self._segment.header[at.H_LIMIT] = mark
         self.limit = int(mark * self._share)
         self._extents.drop_above(mark)
         self.check(sizes)

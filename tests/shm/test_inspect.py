@@ -29,7 +29,19 @@ from shm import (
     sweep,
     try_lock,
 )
-from shm.layout import CLOSING, H_LIVE, H_STARTED, H_USED, LINE, S_FILLED, S_NBYTES, S_OFFSET, WORD, Layout
+from shm.layout import (
+    CLOSING,
+    H_LIMIT,
+    H_LIVE,
+    H_STARTED,
+    H_USED,
+    LINE,
+    S_FILLED,
+    S_NBYTES,
+    S_OFFSET,
+    WORD,
+    Layout,
+)
 from shm.liveness import LivenessLock
 from tests.crash.harness import until
 from tests.shm.rings import ROOT, attach, ring, send
@@ -312,6 +324,18 @@ def test_counts_that_were_planted_make_nothing_negative(live: int, used: int) ->
         assert info.unpublished == max(0, live - 1)
         assert info.unpublished_nbytes == (max(0, used - 100) if info.unpublished else 0)
         assert 0 <= info.largest_free <= 1 << 20
+
+
+@pytest.mark.parametrize("limit", [0, 1, 512 << 10, 1 << 20, (1 << 20) + 1, (1 << 64) - 1])
+def test_the_size_is_what_the_ring_stays_at_within_what_it_has(limit: int) -> None:
+    with ring(1 << 20) as (writer, _):
+        send(writer, 1000)
+        writer._header[H_LIMIT] = limit
+        info = describe(writer.name)
+        assert info.capacity == (limit if 0 < limit < 1 << 20 else 1 << 20)
+        assert info.largest_free == max(0, info.capacity - 1024)
+        writer.reserve([1000])
+        assert describe(writer.name).largest_free == max(0, info.capacity - 2000)
 
 
 def test_a_line_that_lies_outside_the_data_makes_no_block_larger() -> None:
