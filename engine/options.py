@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import sys
 import tomllib
 import types
@@ -23,6 +24,12 @@ import click
 
 ENVIRONMENT_PREFIX = "TENSORFERRY_"
 _KIND = {bool: "true or false", int: "a whole number", float: "a number", str: "a non-empty text"}
+# What Kubernetes sets in every container of a namespace for each Service there, under the Service's name.
+_OF_A_SERVICE = re.compile(
+    r"[A-Z0-9_]+_(SERVICE_HOST=[0-9a-f.:]+|SERVICE_PORT(_[A-Z0-9_]+)?=\d+"
+    r"|PORT(_\d+_(TCP|UDP|SCTP))?=(tcp|udp|sctp)://\S+:\d+"
+    r"|PORT_\d+_(TCP|UDP|SCTP)_(PROTO=(tcp|udp|sctp)|PORT=\d+|ADDR=[0-9a-f.:]+))"
+)
 _TRUTH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 
@@ -109,8 +116,12 @@ class Option:
     def checked(self, value: object, source: str) -> object:
         """`value` in the field's own type, 2 as 2.0 where a float is meant; raises `ConfigError`."""
         if not self.accepts(value):
-            raise ConfigError(f"{self.name} = {value!r} ({source}): must be {self.allowed}")
+            raise ConfigError(self.refusal(value, source))
         return float(value) if self.kind is float and isinstance(value, int) else value
+
+    def refusal(self, value: object, source: str) -> str:
+        """In words, that this value is not allowed."""
+        return f"{self.name} = {value!r} ({source}): must be {self.allowed}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +147,8 @@ class Settings:
         """What flags, environment and file give together; of several values for a field the first counts.
 
         flags: by field name, as text or value; None means not given, which is how click hands them over.
-        environ: usually `os.environ`; variables without the prefix are none of our business.
+        environ: usually `os.environ`; variables without the prefix are none of our business, nor are those
+        that Kubernetes sets for a Service whose name begins with it.
         file: TOML with field names as keys.
         Raises `ConfigError`: an unknown name, a value that is not allowed, a file that can't be read.
         """
@@ -227,9 +239,14 @@ def _from_file(known: Mapping[str, Option], file: Path | None) -> _Given:
 def _from_environ(known: Mapping[str, Option], environ: Mapping[str, str]) -> _Given:
     for variable in sorted(name for name in environ if name.startswith(ENVIRONMENT_PREFIX)):
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
-        if name not in known or variable != known[name].variable:
+        of_a_service = _OF_A_SERVICE.fullmatch(f"{variable}={environ[variable]}")
+        if name in known and variable == known[name].variable:
+            value, source = known[name].parse(environ[variable]), f"environment {variable}"
+            if of_a_service and not known[name].accepts(value):
+                raise _not_ours(known[name], value, source)
+            yield name, value, source
+        elif not of_a_service:
             raise _unknown(known, name, f"environment variable {variable}", lambda item: item.variable)
-        yield name, known[name].parse(environ[variable]), f"environment {variable}"
 
 
 def _from_flags(known: Mapping[str, Option], flags: Mapping[str, object]) -> _Given:
@@ -239,6 +256,15 @@ def _from_flags(known: Mapping[str, Option], flags: Mapping[str, object]) -> _Gi
         if value is not None:
             flag = known[name].negative_flag if value is False else known[name].flag
             yield name, known[name].parse(value) if isinstance(value, str) else value, f"flag {flag}"
+
+
+def _not_ours(item: Option, value: object, source: str) -> ConfigError:
+    """The error for a variable of an option that a Service of Kubernetes has overridden."""
+    service = item.variable.removesuffix("_PORT").lower().replace("_", "-")
+    return ConfigError(
+        f"{item.refusal(value, source)}; Kubernetes sets this variable for a Service called {service}: set"
+        " enableServiceLinks: false in the pod, or give the Service another name"
+    )
 
 
 def _unknown(

@@ -54,5 +54,8 @@ def _look_into(name: str, *, as_json: bool) -> None:
     console().print(segments_tables([info], full_names=False))
     if records:
         console().print(records_table(records))
-    else:
+    elif not info.unpublished:
         click.echo("no records")
+    if info.unpublished:
+        nbytes = shm.human(info.unpublished_nbytes)
+        click.echo(f"not listed: {info.unpublished} records ({nbytes}) that the owner alone has")

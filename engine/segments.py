@@ -14,6 +14,13 @@ from rich.text import Text
 
 import shm
 
+# Has what stands in a ring and not in its slot table, so that no reader can open it.
+_OWNER = "(owner)"
+_OWNER_HAS = (
+    f"{_OWNER} is no reader: loans not sent yet, tensors just being written,"
+    " on their way to another host or received from one"
+)
+
 
 @contextmanager
 def readable() -> Iterator[None]:
@@ -51,16 +58,20 @@ def find(beginning: str) -> str:
 def segments_tables(segments: Sequence[shm.SegmentInfo], *, full_names: bool) -> RenderableType:
     """The segments and who reads them, named in full or by eight letters, which fits 80 columns."""
     names = [info.name if full_names else info.name.split(".")[2][:8] for info in segments]
-    tables = [_owners(names, segments)]
-    if any(info.readers for info in segments):
-        tables.append(_readers(names, segments))
-    return Group(*tables)
+    parts: list[RenderableType] = [_owners(names, segments)]
+    kept = any(info.unpublished for info in segments)
+    if kept or any(info.readers for info in segments):
+        parts.append(_readers(names, segments))
+    if kept:
+        parts.append(Text(_OWNER_HAS))
+    return Group(*parts)
 
 
 def _owners(names: Sequence[str], segments: Sequence[shm.SegmentInfo]) -> Table:
     table = _table("segment", "owner", right=("used", "of", "largest\nfree", "in memory", "records"))
     for name, info in zip(names, segments, strict=True):
-        sizes = map(shm.human, (info.used, info.capacity, info.largest_free, info.nbytes))
+        free = ("≤ " if info.unpublished else "") + shm.human(info.largest_free)
+        sizes = shm.human(info.used), shm.human(info.capacity), free, shm.human(info.nbytes)
         table.add_row(name, _owner(info), *sizes, str(info.live))
     return table
 
@@ -79,6 +90,9 @@ def _readers(names: Sequence[str], segments: Sequence[shm.SegmentInfo]) -> Table
                 _seconds(reader.pending_oldest),
             )
             table.add_row(name, escape(reader.name), str(reader.pid), *figures)
+        if info.unpublished:
+            kept = str(info.unpublished), shm.human(info.unpublished_nbytes)
+            table.add_row(name, _OWNER, str(info.pid), *kept, *[_seconds(None)] * 4)
     return table
 
 

@@ -1,7 +1,7 @@
 """The memory map of a segment: constants, offsets, pure arithmetic, nothing else.
 
     0            header line 0   MAGIC VERSION PAGE CAPACITY SLOTS COLUMNS IDENTITY -      writer
-    64           header line 1   MARK PID STARTED CREATED_NS RECORDS LIVE USED -           writer
+    64           header line 1   MARK PID STARTED CREATED_NS RECORDS LIVE USED LIMIT       writer
     128          challenge[c]    one word a column: the admission under way                writer
     page         slot line[s]    GENERATION OFFSET NBYTES FILLED PUBLISHED_NS ADDRESSED
                                  MESSAGE -                                                 writer
@@ -29,7 +29,7 @@ DATA_ALIGNMENT = 2 << 20  # a huge page, should /dev/shm be mounted with them
 
 # header, in words
 H_MAGIC, H_VERSION, H_PAGE, H_CAPACITY, H_SLOTS, H_COLUMNS, H_IDENTITY = range(7)
-H_MARK, H_PID, H_STARTED, H_CREATED_NS, H_RECORDS, H_LIVE, H_USED = range(8, 15)
+H_MARK, H_PID, H_STARTED, H_CREATED_NS, H_RECORDS, H_LIVE, H_USED, H_LIMIT = range(8, 16)
 H_CHALLENGE = 16
 
 # slot line, in words from its beginning

@@ -71,10 +71,13 @@ class RecordInfo:
 class SegmentInfo:
     """One name in /dev/shm. Sizes in bytes, times in seconds; zero where the header is unusable.
 
-    `nbytes`: pages taken, of `capacity` bytes of data `mark` are reserved and `used` in `live` records,
-    those counted that wait for the writer to look (it reclaims when it needs space). `made`: records
-    ever. `largest_free`: the largest gap between records of the slot table; what is reserved and not
-    published yet is not in it. `program`: the owner's, as far as it can be told in this pid namespace.
+    `nbytes`: pages taken. `capacity`: bytes of data, fewer than asked for once there were no more pages;
+    of these `mark` are reserved and `used` in `live` records, those counted that wait for the writer to
+    look (it reclaims when it needs space). `unpublished`: those of them, of `unpublished_nbytes` bytes,
+    that no line of the slot table has: loans that are not sent yet, tensors that are being written, go to
+    another host or came from one. `made`: records ever. `largest_free`: the largest gap between records of
+    the slot table, and no more than is left beside the unpublished, whose places cannot be seen: it is
+    exact where there are none. `program`: the owner's, as far as it can be told in this pid namespace.
     `oldest`: the longest that any reader has had a record open, None when nobody has.
     """
 
@@ -88,6 +91,8 @@ class SegmentInfo:
     mark: int = 0
     live: int = 0
     used: int = 0
+    unpublished: int = 0
+    unpublished_nbytes: int = 0
     made: int = 0
     largest_free: int = 0
     oldest: float | None = None
@@ -134,8 +139,15 @@ class Look:
         header = self._words(0, at.H_CHALLENGE)
         lines = self._lines()
         readers = tuple(self._reader(column, lines) for column in self._columns() if column.held)
-        pid = header[at.H_PID]
+        pid, live, used = header[at.H_PID], header[at.H_LIVE], header[at.H_USED]
         alive = is_held(self._fd, WRITER)
+        # Never negative: the lines were read after the header, and either may be planted.
+        unpublished = max(0, live - len(lines))
+        published_nbytes = sum(line.nbytes for line in lines)
+        capacity = min(header[at.H_LIMIT] or self._layout.capacity, self._layout.capacity)
+        largest_free = _largest_gap(lines, capacity)
+        if unpublished:
+            largest_free = min(largest_free, max(0, capacity - used))
         return SegmentInfo(
             name=name,
             alive=alive,
@@ -143,12 +155,14 @@ class Look:
             nbytes=os.fstat(self._fd).st_blocks * 512,
             program=_program(pid, header[at.H_STARTED]) if alive else "",
             age=max(0, self._now + self._ahead - header[at.H_CREATED_NS]) / 1e9,
-            capacity=self._layout.capacity,
+            capacity=capacity,
             mark=header[at.H_MARK],
-            live=header[at.H_LIVE],
-            used=header[at.H_USED],
+            live=live,
+            used=used,
+            unpublished=unpublished,
+            unpublished_nbytes=max(0, used - published_nbytes) if unpublished else 0,
             made=header[at.H_RECORDS],
-            largest_free=_largest_gap(lines, self._layout.capacity),
+            largest_free=largest_free,
             oldest=max((r.oldest for r in readers if r.oldest is not None), default=None),
             readers=readers,
         )

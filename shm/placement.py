@@ -188,7 +188,7 @@ class Placement:
         told, self.short = self.short, NoSpace(str(error))  # not the error, which leads to what callers hold
         if told is None:
             _log.warning("the ring stays at %s: %s", memory.human(mark), self.short)
-        self.capacity = mark
+        self.capacity = self._segment.header[at.H_LIMIT] = mark
         self.limit = int(mark * self._share)
         self._extents.drop_above(mark)
         self.check(sizes)

@@ -220,6 +220,70 @@ class TestEnvironment:
             assert getattr(config, item.name) == item.parse(text)
 
 
+# What Kubernetes puts into every container of a namespace for its Services, under their names.
+LINKS = {
+    "_SERVICE_HOST": "10.0.0.1",
+    "_SERVICE_PORT": "80",
+    "_SERVICE_PORT_HTTP_ADMIN": "80",
+    "_PORT": "tcp://10.0.0.1:80",
+    "_PORT_80_TCP": "tcp://10.0.0.1:80",
+    "_PORT_80_TCP_PROTO": "tcp",
+    "_PORT_80_TCP_PORT": "80",
+    "_PORT_80_TCP_ADDR": "10.0.0.1",
+    "_PORT_53_UDP": "udp://[fd00::1]:53",
+    "_PORT_53_UDP_PROTO": "udp",
+    "_PORT_53_UDP_PORT": "53",
+    "_PORT_53_UDP_ADDR": "fd00::1",
+    "_PORT_9_SCTP": "sctp://10.0.0.1:9",
+}
+
+
+class TestServicesOfKubernetes:
+    @pytest.mark.parametrize("service", ["", "_HEAD", "_HEAD_2", "_COUNT", "_PORT", "_SERVICE"])
+    def test_are_none_of_our_business(self, service: str) -> None:
+        links = {f"TENSORFERRY{service}{name}": value for name, value in LINKS.items()}
+        config = load(environ={**links, "TENSORFERRY_COUNT": "4"})
+        assert config == Sample(count=4)
+
+    @pytest.mark.parametrize(
+        ("variable", "value"),
+        [
+            ("TENSORFERRY_TPC_PORT", "29551"),
+            ("TENSORFERRY_PORT", "29551"),
+            ("TENSORFERRY_PORT", "tcp://10.0.0.1"),
+            ("TENSORFERRY_PORT", "http://10.0.0.1:80"),
+            ("TENSORFERRY_LINK", "tcp://10.0.0.1:80"),
+            ("TENSORFERRY_PORT_80_TCP", "80"),
+            ("TENSORFERRY_PORT_80_TCP_ADRR", "10.0.0.1"),
+            ("TENSORFERRY_SERVICE_HOST", "head.example"),
+            ("TENSORFERRY_SERVICE_PORT", "eighty"),
+            ("TENSORFERRY_service_port", "80"),
+        ],
+    )
+    def test_what_is_like_them_only_is_a_mistake(self, variable: str, value: str) -> None:
+        with pytest.raises(ConfigError, match=f"^unknown environment variable {variable}; "):
+            load(environ={variable: value})
+
+    @pytest.mark.parametrize(
+        ("name", "service"),
+        [("tcp_port", "tensorferry-tcp"), ("data_parallel_rpc_port", "tensorferry-data-parallel-rpc")],
+    )
+    def test_under_the_name_of_an_option_are_said_to_be_that(self, name: str, service: str) -> None:
+        variable = f"TENSORFERRY_{name.upper()}"
+        with pytest.raises(ConfigError) as caught:
+            EngineConfig.load({}, environ={variable: "tcp://10.0.0.1:80"})
+        assert str(caught.value) == (
+            f"{name} = 'tcp://10.0.0.1:80' (environment {variable}): must be a whole number, at least 0 and"
+            f" at most 65535; Kubernetes sets this variable for a Service called {service}: set"
+            " enableServiceLinks: false in the pod, or give the Service another name"
+        )
+        with pytest.raises(ConfigError, match="and at most 65535$"):
+            EngineConfig.load({}, environ={variable: "8O8O"})
+
+    def test_an_option_that_they_are_a_value_of_takes_them(self) -> None:
+        assert load(environ={"TENSORFERRY_LABEL": "tcp://10.0.0.1:80"}).label == "tcp://10.0.0.1:80"
+
+
 class TestPrinted:
     def test_says_what_came_from_where(self) -> None:
         text = load({"count": 4}, {"TENSORFERRY_EAGER": "on"}).to_toml()

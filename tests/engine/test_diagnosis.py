@@ -24,7 +24,7 @@ import pytest
 import shm
 from engine import signals
 from engine.cli import main
-from tests.shm.rings import attach, ring
+from tests.shm.rings import attach, ring, run_python
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "engine"]
@@ -41,6 +41,24 @@ writer.commit(records)
 view = reader.open(records[0].handle)
 print(writer.name, flush=True)
 sys.stdin.read()
+"""
+
+STAYS = """
+import subprocess, sys
+import shm
+writer = shm.RingWriter(1 << 30, slots=1024, columns=1)
+records = []
+try:
+    while True:
+        records += writer.reserve([4 << 20])
+except (shm.NoSpace, shm.RingFull):
+    writer.abort(records[1:])
+writer.commit(records[:1], keep=True)
+for arguments in (["ps", "--json"], ["ps"], ["top"]):
+    command = [sys.executable, "-m", "engine", *arguments]
+    shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    print(shown, end=chr(0) if arguments != ["top"] else "")
+writer.close()
 """
 
 
@@ -123,6 +141,37 @@ class TestPs:
             shown = " ".join(tensorferry("ps", name).stdout.split())
             assert f"rank0 (pid {process.pid}): open for" in shown
             assert f"rank0 (pid {process.pid}): not opened" in shown
+
+    def test_shows_what_the_owner_alone_has(self) -> None:
+        with ring() as (writer, _):
+            views = [writer.lend(record, keep=False) for record in writer.reserve([5000, 300 << 10])]
+            (info,) = (info for info in parsed("ps") if info["name"] == writer.name)
+            assert (info["live"], info["unpublished"], info["unpublished_nbytes"]) == (2, 2, 312200)
+            for command in ("ps", "top"):
+                shown = " ".join(tensorferry(command).stdout.split())
+                assert "304.9 KiB 1 MiB ≤ 719.1 KiB" in shown
+                assert f"{writer.name} (owner) {os.getpid()} 2 304.9 KiB – – – –" in shown
+                assert "(owner) is no reader: loans not sent yet, tensors just being written" in shown
+            assert parsed("ps", writer.name)["segment"]["unpublished"] == 2
+            shown = tensorferry("ps", writer.name).stdout
+            assert "no records" not in shown
+            assert shown.endswith("not listed: 2 records (304.9 KiB) that the owner alone has\n")
+            del views
+            writer.look()
+            writer.commit(writer.reserve([64 << 10]), keep=True)
+            for arguments in (["ps"], ["ps", writer.name], ["top"]):
+                shown = tensorferry(*arguments).stdout
+                assert "64 KiB 1 MiB 960 KiB" in " ".join(shown.split())
+                assert not [word for word in ("≤", "(owner)", "not listed") if word in shown]
+
+    def test_shows_the_size_that_a_ring_stays_at(self) -> None:
+        done = run_python(STAYS, shm_size="64m")
+        assert done.returncode == 0, done.stderr
+        info, ps, top = done.stdout.split("\0")
+        assert "the ring stays at 60 MiB" in done.stderr
+        assert [json.loads(info)[0][key] for key in ("capacity", "largest_free")] == [60 << 20, 56 << 20]
+        for shown in (ps, top):
+            assert "4 MiB 60 MiB 56 MiB" in " ".join(shown.split())
 
     def test_a_name_that_fits_none_or_several_is_one_line(self) -> None:
         with owner() as (_, name), ring() as (writer, _):

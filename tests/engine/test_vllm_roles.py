@@ -216,8 +216,12 @@ def test_how_full_the_ring_is_is_asked_once_for_a_message_with_tensors(
     """It frees what can be freed, which takes time, and most messages have no tensors."""
     front, core = pair
     asked, statistics = [], front.endpoint.statistics
-    front._pool.shutdown()
-    monkeypatch.setattr(type(front.endpoint), "statistics", lambda _: asked.append(1) or statistics())
+
+    def counted() -> dict[str, Any]:
+        asked.append(1)
+        return statistics()
+
+    monkeypatch.setattr(front.endpoint, "statistics", counted)
     with front.sending_to(ENGINE):
         pass
     assert not asked

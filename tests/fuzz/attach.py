@@ -55,6 +55,8 @@ class Attach:
         with suppress(shm.ShmError):
             info = shm.describe(self._name)
             assert 0 <= info.largest_free <= max(info.capacity, 0)
+            assert 0 <= info.unpublished <= info.live
+            assert 0 <= info.unpublished_nbytes <= info.used
         with suppress(shm.ShmError):
             for record in shm.records(self._name):
                 assert record.age >= 0

@@ -99,6 +99,7 @@ def test_a_real_segment_has_these_bytes() -> None:
     assert segment.word("H_PID") == os.getpid()
     assert segment.word("H_STARTED") == started(os.getpid()) > 0
     assert before[0] <= segment.word("H_CREATED_NS") <= time.time_ns()
+    assert segment.word("H_LIMIT") == 0
 
     first = attach(writer, "first")
     offer = writer.offer()

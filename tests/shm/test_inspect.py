@@ -29,7 +29,19 @@ from shm import (
     sweep,
     try_lock,
 )
-from shm.layout import CLOSING, H_STARTED, LINE, S_FILLED, S_NBYTES, S_OFFSET, WORD, Layout
+from shm.layout import (
+    CLOSING,
+    H_LIMIT,
+    H_LIVE,
+    H_STARTED,
+    H_USED,
+    LINE,
+    S_FILLED,
+    S_NBYTES,
+    S_OFFSET,
+    WORD,
+    Layout,
+)
 from shm.liveness import LivenessLock
 from tests.crash.harness import until
 from tests.shm.rings import ROOT, attach, ring, send
@@ -280,6 +292,50 @@ def test_the_largest_free_block_is_the_largest_gap() -> None:
         assert [info.slot for info in records(writer.name)] == [r.slot for r in (one, three, four)]
         send(writer, 99)  # a line is 64 bytes, so that 128 are taken
         assert describe(writer.name).largest_free == (100 << 10) - 128 == writer.statistics().largest_free
+
+
+def test_what_is_taken_and_never_published_is_counted_apart() -> None:
+    """A loan that is not sent, a tensor that goes to another host or came from one: no line of the table."""
+    with ring(1 << 20) as (writer, _):
+        send(writer, 100)
+        loan, filling = writer.reserve([300 << 10, 5000])
+        view = writer.lend(loan, keep=False)
+        info = describe(writer.name)
+        assert (info.live, info.used) == (3, 100 + (300 << 10) + 5000)
+        assert (info.unpublished, info.unpublished_nbytes) == (2, (300 << 10) + 5000)
+        assert info.largest_free == (1 << 20) - info.used  # at most: where they lie cannot be seen
+        writer.commit([filling], keep=True)
+        del view
+        info = describe(writer.name)
+        assert (info.unpublished, info.unpublished_nbytes) == (1, 300 << 10)  # let go, until the writer looks
+        writer.look()
+        info = describe(writer.name)
+        assert (info.live, info.unpublished, info.unpublished_nbytes) == (2, 0, 0)
+        assert info.largest_free == writer.statistics().largest_free
+
+
+@pytest.mark.parametrize("live", [0, 1, (1 << 64) - 1])
+@pytest.mark.parametrize("used", [0, 50, (1 << 64) - 1])
+def test_counts_that_were_planted_make_nothing_negative(live: int, used: int) -> None:
+    with ring(1 << 20) as (writer, _):
+        send(writer, 100)
+        writer._header[H_LIVE], writer._header[H_USED] = live, used
+        info = describe(writer.name)
+        assert info.unpublished == max(0, live - 1)
+        assert info.unpublished_nbytes == (max(0, used - 100) if info.unpublished else 0)
+        assert 0 <= info.largest_free <= 1 << 20
+
+
+@pytest.mark.parametrize("limit", [0, 1, 512 << 10, 1 << 20, (1 << 20) + 1, (1 << 64) - 1])
+def test_the_size_is_what_the_ring_stays_at_within_what_it_has(limit: int) -> None:
+    with ring(1 << 20) as (writer, _):
+        send(writer, 1000)
+        writer._header[H_LIMIT] = limit
+        info = describe(writer.name)
+        assert info.capacity == (limit if 0 < limit < 1 << 20 else 1 << 20)
+        assert info.largest_free == max(0, info.capacity - 1024)
+        writer.reserve([1000])
+        assert describe(writer.name).largest_free == max(0, info.capacity - 2000)
 
 
 def test_a_line_that_lies_outside_the_data_makes_no_block_larger() -> None:

@@ -317,6 +317,8 @@ try:
 except (NoSpace, RingFull) as error:
     print("then:", type(error).__name__, len(held), error)
 print("capacity", writer.capacity >> 20, writer.statistics().largest_free)
+info = describe(writer.name)
+print("seen", info.capacity >> 20, info.largest_free)
 try:
     writer.reserve([100 << 20], timeout=60)
 except NoSpace as error:
@@ -345,9 +347,10 @@ def test_a_short_dev_shm_is_a_clear_error_and_the_rest_is_used() -> None:
     assert lines[1] == "mark 0 capacity 1024"  # nothing was taken: a smaller record may still fit
     assert lines[2].startswith("then: RingFull 15 ")
     assert lines[3] == "capacity 60 0"
-    assert lines[4].startswith("never: growing the ring from 60 MiB to")
-    assert lines[5] == "goes on"
-    assert lines[6].startswith("require: a ring of 1 GiB does not fit: /dev/shm has")
+    assert lines[4] == "seen 60 0"
+    assert lines[5].startswith("never: growing the ring from 60 MiB to")
+    assert lines[6] == "goes on"
+    assert lines[7].startswith("require: a ring of 1 GiB does not fit: /dev/shm has")
     assert "the ring stays at 60 MiB" in done.stderr
 
 

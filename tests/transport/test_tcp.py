@@ -385,6 +385,20 @@ class TestLimits:
                 assert same(near.next().body["value"], noise(500_000))
             near.stop()
 
+    def test_what_is_on_its_way_or_kept_is_seen_from_outside_at_both_ends(self) -> None:
+        with pair(tcp_window=2 * MIB) as (front, near, _):
+            front.send({"value": noise(MIB)}, to="near")
+            kept = near.next()
+            acknowledged(front)
+            near.stop()
+            front.send({"value": noise(MIB, 1)}, to="near")
+            until(lambda: used(front) == MIB and used(near.endpoint) == 2 * MIB)
+            for endpoint, records in ((front, 1), (near.endpoint, 2)):
+                info = shm.describe(outbound_of(endpoint).ring.ring().name)
+                assert (info.unpublished, info.unpublished_nbytes) == (records, records * MIB)
+                assert info.largest_free == (8 - records) * MIB
+            assert same(kept.body["value"], noise(MIB))
+
     def test_a_window_that_is_smaller_at_the_receiver_is_told(self) -> None:
         with (
             transport.listen(ADDRESS, config=config(inline_below=0)) as front,
