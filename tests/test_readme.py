@@ -38,6 +38,13 @@ def test_links_lead_to_files() -> None:
         assert (ROOT / target).exists(), target
 
 
+def test_no_text_of_the_product_installs_it_from_an_index() -> None:
+    # It is on none: that fails, or brings what somebody registered under the name.
+    for folder in ("shm", "transport", "engine"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not re.search(r"pip install \W*tensorferry", path.read_text(encoding="utf-8")), path
+
+
 def test_the_operations_page_lists_every_step() -> None:
     page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     rows = page.partition("| event | when | fields |")[2].partition("\n\n")[0].splitlines()
