@@ -52,6 +52,7 @@ def _folder(config: EngineConfig) -> Path | None:
         raise ModelError(f"model {model!r}: this folder has no config.json, so it holds no model")
     if find_spec("transformers") is None:
         raise ModelError(
-            f'model {model!r}: a folder is read by transformers; pip install "tensorferry[huggingface]"'
+            f"model {model!r}: a folder is read by transformers, which is not installed: pip install"
+            " transformers (tensorferry's extra `huggingface`)"
         )
     return path.absolute()

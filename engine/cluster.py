@@ -155,7 +155,8 @@ def _ray() -> Any:
         import ray
     except ImportError as error:
         raise StartError(
-            "data_parallel_backend is ray, which is not installed: pip install 'tensorferry[ray]'"
+            "data_parallel_backend is ray, which is not installed: pip install ray"
+            " (tensorferry's extra `ray`)"
         ) from error
     return ray
 

@@ -134,7 +134,9 @@ def sample_photographs() -> list[Path]:
     Raises:
         ImageError: scikit-image isn't installed, or came without them.
     """
-    remedy = 'name image files or folders, or run: pip install "tensorferry[photographs]"'
+    remedy = (
+        "name image files or folders, or run: pip install scikit-image (tensorferry's extra `photographs`)"
+    )
     # Looking the package up doesn't import it; its folder is all that is wanted.
     spec = find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:

@@ -50,7 +50,7 @@ def node(host: Host, *flags: str) -> Iterator[None]:
 
 @pytest.fixture
 def cluster() -> Iterator[tuple[Host, Host]]:
-    pytest.importorskip("ray", reason="needs Ray: pip install 'tensorferry[ray]'")
+    pytest.importorskip("ray", reason="needs Ray: pip install ray")
     existed = Path("/tmp/ray").exists()
     with two_hosts() as (near, far):
         first = ["--head", "--port", str(_PORT), "--include-dashboard", "false"]
@@ -124,5 +124,6 @@ def test_without_ray_the_flag_says_what_to_install() -> None:
         shown, said = process.communicate()
     assert (process.returncode, shown) == (1, "")
     assert said == (
-        "tensorferry: data_parallel_backend is ray, which is not installed: pip install 'tensorferry[ray]'\n"
+        "tensorferry: data_parallel_backend is ray, which is not installed: pip install ray"
+        " (tensorferry's extra `ray`)\n"
     )

@@ -19,7 +19,10 @@ def available() -> str:
     try:
         import cryptography  # noqa: F401
     except ImportError:
-        return "with keys, bulk connections need the package cryptography: pip install 'tensorferry[tls]'"
+        return (
+            "with keys, bulk connections need the package cryptography: pip install cryptography"
+            " (tensorferry's extra `tls`)"
+        )
     return ""
 
 

@@ -1,6 +1,6 @@
 """The conformance suite: what every backend must do, for our own and for those of third parties.
 
-Derive a class in a test file of your own and run pytest (`pip install tensorferry[test]`):
+Derive a class in a test file of your own and run pytest, which is all that this needs beside tensorferry:
 
     from transport.conformance import BackendConformance
 
