@@ -41,7 +41,8 @@ hop 2    with worker processes: a message with images from handing it to the exe
          worker has it unpickled, summed; not the time for which a worker was still busy with its last step.
 memory   the highest sum, over all processes, of the proportional set size; shared memory counts once;
          of each round the higher of its repeats.
-mp: one worker process; tp2: tensor parallel, two; dp2: data parallel, two engines under AsyncLLM.
+mp: one worker process; tp2: tensor parallel, two; dp2: data parallel, two engines under AsyncLLM; cache: with
+vLLM's cache of images, 4 GiB as by default, which the EngineCore keeps and which no image is met in.
 Figures: median [lowest..highest] of the repeats of all rounds."""
 
 Values = Mapping[str, Json]

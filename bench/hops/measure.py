@@ -39,6 +39,7 @@ EXECUTORS: Mapping[str, Mapping[str, Any]] = {
     "mp": {"distributed_executor_backend": "mp"},
     "tp2": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
     "dp2": {"data_parallel_size": 2},
+    "cache": {"mm_processor_cache_gb": 4},
 }
 READERS = {"mp": 1, "tp2": 2}
 """Worker processes that hop 2 reaches, where there is one."""
