@@ -47,13 +47,19 @@ class Settings:
         return min(int(ring * self.transport.peer_share), ring - ring // 16)
 
 
+def options_in(additional_config: object) -> Any:
+    """What it says of us, right or wrong; None where it asks for nothing."""
+    given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+    return None if given is False else given
+
+
 def settings_of(additional_config: object, *, engines: int = 1) -> Settings | None:
     """The settings in vLLM's `additional_config`; None when there are none: vLLM then runs as without us.
 
     ValueError: an option that is unknown or wrong, by name, or what is no option at all.
     """
-    given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
-    if given is None or given is False:
+    given = options_in(additional_config)
+    if given is None:
         return None
     if given is not True and not isinstance(given, Mapping):
         example = '{"ring_bytes": 4294967296}'
