@@ -19,6 +19,7 @@ from engine import vllm_plugin
 from engine.vllm import guard, pickling, points
 from engine.vllm.mailbox import Key
 from engine.vllm.roles import Core, Front
+from engine.vllm.settings import core_address
 from tests.engine.test_vllm_roles import ENGINE, image, linked
 
 
@@ -294,6 +295,51 @@ def test_an_engine_whose_queue_cannot_be_hooked_takes_what_front_ends_send(
             vllm_plugin._core.close()
 
 
+@pytest.mark.parametrize(("remote", "receiver"), [(1, None), (0, "vLLM's own")])
+def test_a_queue_that_reaches_other_hosts_and_a_receiver_of_vllms_own_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, short_path: Path, remote: int, receiver: str | None
+) -> None:
+    """What a reader elsewhere gets must be whole; with `mm_tensor_ipc="torch_shm"` there is a receiver."""
+    monkeypatch.setattr(vllm_plugin, "_core", None)
+    monkeypatch.setattr(points, "require", lambda _hop: None)
+    begins, enqueue = engine({"tensorferry": True}), Calls()
+    queue = types.SimpleNamespace(n_local_reader=1, n_remote_reader=remote, enqueue=enqueue)
+    begins.model_executor.rpc_broadcast_mq, begins.tensor_ipc_receiver = queue, receiver
+    try:
+        assert vllm_plugin._input_begins(Calls(lambda: "ran"), begins, [f"ipc://{short_path}/vllm"]) == "ran"
+        assert queue.enqueue is enqueue
+        if receiver:
+            assert begins.tensor_ipc_receiver is receiver
+            assert vllm_plugin._core is None
+        else:
+            assert isinstance(begins.tensor_ipc_receiver, vllm_plugin._Provider)
+            assert not Path(core_address(os.getpid()).removeprefix("ipc://")).exists()
+    finally:
+        if vllm_plugin._core is not None:
+            vllm_plugin._core.close()
+
+
+def test_a_client_whose_encoder_has_a_consumer_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with `mm_tensor_ipc="torch_shm"`."""
+    monkeypatch.setattr(metadata, "version", lambda _name: "0.25.1")
+    config = types.SimpleNamespace(
+        additional_config={"tensorferry": True},
+        parallel_config=types.SimpleNamespace(data_parallel_size_local=1),
+        model_config=types.SimpleNamespace(multimodal_config={}),
+    )
+    encoder = types.SimpleNamespace(oob_tensor_consumer="vLLM's own")
+    made = types.SimpleNamespace(
+        vllm_config=config, engine_ranks_managed=[0], core_engine=ENGINE, encoder=encoder
+    )
+    vllm_plugin._client_made(Calls(), made)
+    assert encoder.oob_tensor_consumer == "vLLM's own"
+    assert not hasattr(made, "_tensorferry")
+    (record,) = caplog.records
+    assert record.getMessage() == "tensorferry: mm_tensor_ipc carries the tensors already; take direct_rpc"
+
+
 def test_a_request_comes_however_vllm_says_it() -> None:
     original, here = Calls(lambda: "added"), engine(None)
     request = Request(image())
@@ -403,6 +449,14 @@ def known_front(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         for name, value in classes[module.__name__].items():
             setattr(module, name, value)
     return {name: value for found in classes.values() for name, value in found.items()}
+
+
+def test_what_is_hooked_twice_is_hooked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = known_front(monkeypatch)
+    vllm_plugin.register()
+    hooked = known["MPClient"].__init__, known["SyncMPClient"]._send_input
+    vllm_plugin.register()
+    assert (known["MPClient"].__init__, known["SyncMPClient"]._send_input) == hooked
 
 
 def asked_for(known: dict[str, Any], configured: object = True) -> None:
