@@ -2,9 +2,9 @@
 
 `register` is called by vLLM (group `vllm.general_plugins`) in every process. It hooks a few of vLLM's
 functions; without `{"tensorferry": {...}}` in the configuration every hook passes straight through. Where
-vLLM's inside is not what is known here, that hop is left alone and a warning says what is missing. A hook
-takes whatever arguments vLLM gives and hands them on as they came; what fails in our part of it ends there
-(`engine/vllm/guard.py`).
+vLLM's inside is not what is known here, that hop is left alone; where rings are asked for, a warning says
+what is missing. A hook takes whatever arguments vLLM gives and hands them on as they came; what fails in our
+part of it ends there (`engine/vllm/guard.py`).
 
 Hop 1: an `OOBTensorConsumer` on the encoder of an `MPClient` and a provider on its `EngineCoreProc`, which is
 how vLLM lets tensors go beside its messages. Hop 2: the executor's `MessageQueue` pickles tensors otherwise
@@ -31,7 +31,7 @@ import torch
 from engine.vllm import pickling, points
 from engine.vllm.guard import Around, Harmless, pick
 from engine.vllm.roles import Core, Front, Worker
-from engine.vllm.settings import Settings, settings_of, sweep
+from engine.vllm.settings import Settings, options_in, settings_of, sweep
 from transport import RateLimit
 
 _log = logging.getLogger("vllm.tensorferry")
@@ -39,6 +39,7 @@ _log = logging.getLogger("vllm.tensorferry")
 _READY_TIMEOUT = 3.0  # of the engines of this host, which have loaded their models already
 _core: Core | None = None
 _fronts: weakref.WeakSet[Front] = weakref.WeakSet()
+_unsaid: dict[str, Exception] = {}  # what was not hooked, and why, until a configuration asks for rings
 
 
 def register() -> None:
@@ -48,10 +49,38 @@ def register() -> None:
             if hook():
                 points.hooked[name] = ""
         except Exception as error:  # noqa: BLE001  # an import may raise anything
-            odd = not isinstance(error, ImportError | AttributeError)
+            if name not in points.hooked:
+                _unsaid[name] = error
             points.hooked[name] = str(error)
-            text = "tensorferry: %s is not as known here (%s); it goes vLLM's way"
-            _log.warning(text, name, error, exc_info=odd)
+
+
+def _say_what_is_not_known() -> None:
+    """Once in each process, by whichever hook is the first to see a configuration that asks for rings."""
+    for name, error in list(_unsaid.items()):
+        del _unsaid[name]
+        odd = not isinstance(error, ImportError | AttributeError)
+        text = "tensorferry: %s is not as known here (%s); it goes vLLM's way"
+        _log.warning(text, name, error, exc_info=error if odd else None)
+
+
+def _asked(*given: Any) -> bool:
+    """Whether the configuration that is among these, or that one of them has, asks for rings.
+
+    It is found by what it is. Where there is none nobody can tell, and vLLM is left alone without a word.
+    """
+    inner = (value for thing in given for value in list(_attributes(thing).values()))
+    found = (_attributes(value) for value in (*given, *inner))
+    config = next((attributes for attributes in found if "additional_config" in attributes), {})
+    if options_in(config.get("additional_config")) is None:
+        return False
+    _say_what_is_not_known()
+    return True
+
+
+def _attributes(thing: Any) -> dict[str, Any]:
+    """Those of its own; no property of vLLM's is asked, which may raise anything."""
+    found: dict[str, Any] = getattr(thing, "__dict__", {})
+    return found
 
 
 def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
@@ -109,6 +138,7 @@ def _hook_options() -> bool:
 def _options_given(original: Callable[..., Any], given: Any, *arguments: Any, **named: Any) -> Any:
     """ValueError, which is for who wrote them, before anything is loaded."""
     if settings_of(getattr(given, "additional_config", None)) is not None:
+        _say_what_is_not_known()
         with Harmless("what is done at the end", tensors=False):
             _sweep_at_exit()
     return original(given, *arguments, **named)
@@ -139,8 +169,8 @@ def _hook_front() -> bool:
 
 def _client_made(original: Callable[..., None], client: Any, *arguments: Any, **named: Any) -> None:
     original(client, *arguments, **named)
-    with Harmless("the front end"):
-        if settings_of(client.vllm_config.additional_config) is not None:
+    if _asked(client, *arguments, *named.values()):
+        with Harmless("the front end"):
             _link(client)
 
 
@@ -259,6 +289,7 @@ def _hook_log() -> bool:
 def _statistics_logged(original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """vLLM has a logger for each engine; the counters of all engines are said once, and when they grew."""
     result = original(*arguments, **named)
+    _asked(*arguments)  # where neither the options nor the client is as known, nobody else here sees them
     with Harmless("the line of counters", tensors=False):
         for front in _fronts:
             if line := front.counts.news():
@@ -282,10 +313,10 @@ def _hook_engine() -> bool:
 
 def _input_begins(original: Callable[..., Any], engine: Any, *arguments: Any, **named: Any) -> Any:
     """In the engine's input thread, before its decoders are built."""
-    with Harmless("the EngineCore"):
-        asked = settings_of(engine.vllm_config.additional_config) is not None
-        if asked and engine.tensor_ipc_receiver is None and _has_tensors(engine.vllm_config):
-            _meet(engine, pick((*arguments, *named.values()), "list of addresses", _is_addresses))
+    if _asked(engine):
+        with Harmless("the EngineCore"):
+            if _has_tensors(engine.vllm_config) and engine.tensor_ipc_receiver is None:
+                _meet(engine, pick((*arguments, *named.values()), "list of addresses", _is_addresses))
     return original(engine, *arguments, **named)
 
 
@@ -411,14 +442,13 @@ def _hook_worker() -> bool:
 
 
 def _worker_begins(original: Callable[..., Any], wrapper: Any, *arguments: Any, **named: Any) -> Any:
-    with Harmless("the worker"):
-        config = wrapper.vllm_config
-        settings = settings_of(config.additional_config)
-        parallel = config.parallel_config
-        inside = _core is not None and _core.pid == os.getpid()
-        apart = not inside and parallel.distributed_executor_backend == "mp"
-        if settings is not None and apart and _has_tensors(config):
-            pickling.worker = Worker(settings, os.getppid())
+    if _asked(wrapper):
+        with Harmless("the worker"):
+            config = wrapper.vllm_config
+            inside = _core is not None and _core.pid == os.getpid()
+            apart = not inside and config.parallel_config.distributed_executor_backend == "mp"
+            if apart and _has_tensors(config):
+                pickling.worker = Worker(_settings(config), os.getppid())
     return original(wrapper, *arguments, **named)
 
 

@@ -25,6 +25,7 @@ from shm.errors import (
 )
 from shm.handle import Handle, Offer
 from shm.inspect import describe, names, records, sweep, try_lock
+from shm.liveness import started
 from shm.look import ReaderInfo, RecordInfo, RecordReader, SegmentInfo
 from shm.memory import DIRECTORY, REMEDY, Space, human, require_space, space
 from shm.reader import RingReader
@@ -67,6 +68,7 @@ __all__ = [
     "records",
     "require_space",
     "space",
+    "started",
     "sweep",
     "try_lock",
 ]

@@ -14,13 +14,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from engine.vllm import guard, points
-from engine.vllm.settings import folder
+from engine.vllm.settings import NEW, SAVED, folder, identity, sweep_counters
 
 _log = logging.getLogger("vllm.tensorferry")
 
 FRONT, WORKERS = "front end to engine", "engine to workers"
 _WRITE_EVERY = 1.0
-_SAVED, _NEW = ".json", ".new"
 _numbers = itertools.count(1)  # of the files of this process: it may have several front ends
 
 Way = tuple[str, str]  # hop, and how: "ring", "copied out" of it, or why it went vLLM's own way
@@ -37,7 +36,8 @@ class Counts:
         self._lock = threading.Lock()
         self._filing = threading.Lock()
         self._removed = False
-        self._file = folder() / f"{os.getpid()}-{next(_numbers)}{_SAVED}"
+        self._process = identity()
+        self._file = folder() / f"{os.getpid()}-{next(_numbers)}{SAVED}"
         self._written = self._said = self._error = ""
         self._next = 0.0
         self._published: Counter[Way] = Counter()
@@ -89,7 +89,7 @@ class Counts:
         with guard.Harmless("the counters for Prometheus", tensors=False):
             self._publish()
         state = {"tensors": self.rows(), "hooked": points.hooked, "failed": dict(guard.failures)}
-        text = json.dumps({"role": self.role, "pid": os.getpid(), **state, **more})
+        text = json.dumps({"role": self.role, **self._process, **state, **more})
         with self._filing:  # by the mailbox's thread, which may end after the close that removes the file
             if not self._removed and (text != self._written or not self._file.exists()):
                 self._write(text)
@@ -97,7 +97,7 @@ class Counts:
     def _write(self, text: str) -> None:
         try:
             folder()  # who cleans /tmp may have taken it
-            new = self._file.with_suffix(_NEW)
+            new = self._file.with_suffix(NEW)
             new.write_text(text)
             new.replace(self._file)  # whole or not at all: somebody may be reading it
         except OSError as error:
@@ -112,7 +112,7 @@ class Counts:
         with self._filing, contextlib.suppress(OSError):
             self._removed = True
             self._file.unlink(missing_ok=True)
-            self._file.with_suffix(_NEW).unlink(missing_ok=True)
+            self._file.with_suffix(NEW).unlink(missing_ok=True)
 
     def _publish(self) -> None:
         """To Prometheus, whose counters can only grow: by the difference since the last time."""
@@ -149,12 +149,7 @@ def _metrics() -> tuple[Any, Any] | None:
 
 def saved() -> Iterator[Mapping[str, Any]]:
     """What living processes saved; the files of the dead are removed."""
-    for file in sorted(file for file in folder().iterdir() if file.suffix in (_SAVED, _NEW)):
-        try:
-            os.kill(int(file.stem.partition("-")[0]), 0)
-            if file.suffix == _SAVED:
-                yield json.loads(file.read_text())
-        except ProcessLookupError:
-            file.unlink(missing_ok=True)
-        except (OSError, ValueError):  # just going, or none of ours
-            continue
+    sweep_counters()
+    for file in sorted(folder().glob(f"[0-9]*{SAVED}")):
+        with contextlib.suppress(OSError, ValueError):  # just going
+            yield json.loads(file.read_text())

@@ -33,7 +33,8 @@ from transport import (
 _log = logging.getLogger("vllm.tensorferry")
 
 _LOOK_SOON, _LOOK = 0.05, 1.0
-_DIAL_FOR, _DIAL_OFTEN_FOR = 900.0, 60.0  # seconds: loading a model takes long
+_DIAL_SOON, _DIAL_LATER, _DIAL_SOON_FOR = 0.1, 2.0, 60.0
+_SAY_AFTER = 900.0  # seconds: loading a model takes long
 _DIAL_TIMEOUT = 2.0
 _REFUSED_FOR = 1.0  # seconds to wait where the last message that came could not be opened: it was that one
 
@@ -56,7 +57,7 @@ class Mailbox:
         self._look = look
         self._queues: dict[str, deque[tuple[Key, Arrival]]] = {}
         self._latest: dict[str, int] = {}  # by sender: the number of its own that came last
-        self._linked: set[str] = set()  # of those that were dialled: who sends tensors
+        self._linked: dict[str, tuple[str, Callable[[str], None]]] = {}  # who was dialled, as `dial` was told
         self._left: set[str] = set()
         self._refused = math.inf  # when a message could not be opened, after which no tensor came
         self._came = threading.Condition()
@@ -91,9 +92,10 @@ class Mailbox:
             return arrival
 
     def dial(self, address: str, done: Callable[[str], None] = lambda _: None) -> None:
-        """Link with who will listen at an `ipc://` address, in a thread; `done` gets the peer's name."""
-        name = "tensorferry-dial"
-        threading.Thread(target=self._dial, args=(address, done), name=name, daemon=True).start()
+        """Link with who will listen at an `ipc://` address, in a thread, however late that is, and again when
+        the link has ended; `done` gets the peer's name.
+        """
+        self._start_dialling(address, done, _DIAL_SOON)
 
     def close(self) -> None:
         """End the thread and the endpoint. Tensors that were taken stay."""
@@ -188,29 +190,51 @@ class Mailbox:
         linked = set(self._linked)  # before the look: who links meanwhile has not left
         there = {peer.name for peer in self.endpoint.peers}
         with self._came:
+            left = [self._linked.pop(name) for name in linked - there]
             self._left |= linked - there
             for gone in set(self._queues) - there:
                 del self._queues[gone]
             self._came.notify_all()
+        for address, done in left:  # for as long as it is gone, this looks for a socket
+            self._start_dialling(address, done, _DIAL_LATER)
 
-    def _dial(self, address: str, done: Callable[[str], None]) -> None:
+    def _start_dialling(self, address: str, done: Callable[[str], None], pause: float) -> None:
+        arguments = (address, done, pause)
+        threading.Thread(target=self._dial, args=arguments, name="tensorferry-dial", daemon=True).start()
+
+    def _dial(self, address: str, done: Callable[[str], None], pause: float) -> None:
         start = time.monotonic()
-        while (waited := time.monotonic() - start) < _DIAL_FOR:
-            if self._closed.wait(0.1 if waited < _DIAL_OFTEN_FOR else 2.0):
-                return
-            if not exists(address):
-                continue
+        refused = said = False
+        while not self._closed.wait(pause):
             try:
-                name = self.endpoint.connect(address, timeout=_DIAL_TIMEOUT)
-                self._linked.add(name)
-                done(name)
-                return
+                if exists(address):
+                    self._link(address, done)
+                    return
+                why = "no socket is there"
             except Closed:
                 return
-            except Timeout:
-                continue
-            except TransportError as error:
-                _log.warning("tensorferry: %s; its tensors go vLLM's way", error)
-                return
-        text = "tensorferry: nobody was at %s for %g s; who is on another host or ended goes vLLM's way"
-        _log.info(text, address, _DIAL_FOR)
+            except Timeout as error:
+                why = str(error)
+            except TransportError as error:  # such as that it knows the link before for alive
+                why = str(error)
+                if not refused:
+                    text = "tensorferry: %s; its tensors go another way; asked again every %g s"
+                    _log.warning(text, error, _DIAL_LATER)
+                refused = True
+            waited = time.monotonic() - start
+            if refused or waited > _DIAL_SOON_FOR:
+                pause = _DIAL_LATER
+            if waited > _SAY_AFTER and not said:
+                said = True
+                text = (
+                    "tensorferry: no link with %s in %g s (%s): who is to listen there loads a model, has"
+                    " ended or is on another host; tensors go another way until then; looked for every %g s"
+                )
+                _log.info(text, address, _SAY_AFTER, why, _DIAL_LATER)
+
+    def _link(self, address: str, done: Callable[[str], None]) -> None:
+        name = self.endpoint.connect(address, timeout=_DIAL_TIMEOUT)
+        with self._came:
+            self._linked[name] = address, done
+            self._left.discard(name)
+        done(name)

@@ -282,6 +282,7 @@ class Core(_Party):
 
     def _linked(self, address: str, front: str) -> None:
         self._fronts[address] = front
+        self._reported = []  # what it was told in a link before may have been lost
 
     def provide(self, shape: tuple[int, ...], dtype: str, meta: dict[str, Any]) -> torch.Tensor:
         """The tensor of what `Front.lend` gave, as often as it was lent. LookupError when it is gone."""
@@ -337,6 +338,7 @@ class Core(_Party):
             prefix = _WORKER.format(os.getpid(), "")
             there = [peer.name for peer in self.endpoint.peers if peer.name.startswith(prefix)]
             fronts = list(self._fronts)  # another may link, in another thread, before the end of this
+            self._told = {name: told for name, told in self._told.items() if name in there}
             for name in there:
                 if self._told.get(name) != len(fronts):
                     self.endpoint.try_send({"fronts": fronts}, to=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import socket
 import stat
@@ -18,6 +19,7 @@ import shm
 from transport import TransportConfig
 
 KEY = "tensorferry"
+SAVED, NEW = ".json", ".new"  # the counters of a process, `PID-NUMBER.json`, and as they are being written
 _RING_BYTES = 2 << 30  # in half of it two prompts of 32 images of 1 megapixel in bfloat16 fit
 _LEAST_RING_BYTES = 256 << 20
 # An image is larger. Steps of the usual size would keep up to two of them reserved beyond what is needed.
@@ -48,6 +50,12 @@ class Settings:
         return min(int(ring * self.transport.peer_share), ring - ring // 16)
 
 
+def options_in(additional_config: object) -> Any:
+    """What it says of us, right or wrong; None where it asks for nothing."""
+    given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+    return None if given is False else given
+
+
 def settings_of(
     additional_config: object, *, engines: int = 1, queues: int = 1, cache_bytes: int = 0
 ) -> Settings | None:
@@ -57,8 +65,8 @@ def settings_of(
     cache_bytes: what an EngineCore's own cache of images may keep.
     ValueError: an option that is unknown or wrong, by name, or what is no option at all.
     """
-    given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
-    if given is None or given is False:
+    given = options_in(additional_config)
+    if given is None:
         return None
     if given is not True and not isinstance(given, Mapping):
         example = '{"ring_bytes": 4294967296}'
@@ -128,10 +136,11 @@ def core_address(pid: int) -> str:
 
 
 def sweep() -> None:
-    """Remove what killed processes left: rings whose writer is dead, and sockets where nobody answers."""
+    """Remove what killed processes left: their rings, their counters, and sockets where nobody answers."""
     if not _place().exists():  # none of this user's vLLMs was asked to use rings
         return
     shm.sweep()
+    sweep_counters()
     for path in folder().glob("*.*"):
         if path.suffix in (".front", ".core"):
             with socket.socket(socket.AF_UNIX) as asked:
@@ -143,6 +152,37 @@ def sweep() -> None:
                         path.unlink(missing_ok=True)
                 except OSError:  # gone just now, or busy
                     continue
+
+
+def identity() -> dict[str, int]:
+    """Which process this is: pids come again, soonest in a container that starts again."""
+    return {"pid": os.getpid(), "started": shm.started(os.getpid())}  # in clock ticks since boot; 0: unknown
+
+
+def sweep_counters() -> None:
+    """Remove the counters of processes that were killed."""
+    for path in folder().iterdir():
+        if path.suffix in (SAVED, NEW) and _is_left(path):
+            path.unlink(missing_ok=True)
+
+
+def _is_left(counters: Path) -> bool:
+    """Whether their process has ended, also where another has its pid now."""
+    try:
+        pid = int(counters.stem.partition("-")[0])
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except ValueError:  # none of ours
+        return False
+    except OSError:  # another user's: not the one that wrote them, if it can be told
+        pass
+    try:
+        noted = json.loads(counters.read_text())["started"]
+    except (OSError, ValueError, LookupError, TypeError):  # being written, or an older version's
+        return False
+    started = shm.started(pid)
+    return bool(noted and started and noted != started)
 
 
 def exists(address: str) -> bool:

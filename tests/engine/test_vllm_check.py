@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
 import sys
 import threading
 import types
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import pytest
 from engine.vllm import check, counts, guard, points
 from engine.vllm.check import Line
 from engine.vllm.counts import FRONT, WORKERS, Counts, saved
+from engine.vllm.settings import sweep
 from tests.engine.test_vllm_guard import NoImport
 from tests.engine.test_vllm_roles import image, lend, linked, until
 
@@ -216,13 +219,34 @@ def test_two_front_ends_of_one_process_save_their_counters_apart() -> None:
     assert [process["tensors"][0][3] for process in saved()] == [2]
 
 
-def test_the_files_of_the_dead_are_removed(folder: Path) -> None:
-    Counts("front").save(now=True)
+@pytest.mark.parametrize("look", [sweep, lambda: list(saved())], ids=["sweep", "doctor"])
+def test_the_files_of_the_dead_are_removed(folder: Path, look: Callable[[], object]) -> None:
+    """By who looks, and by the next front end that starts."""
+    counts = Counts("front")
+    counts.save(now=True)
     dead = [folder / f"4194305-1{suffix}" for suffix in (".json", ".new")]  # no pid is as large
     for file in dead:
         file.write_text("{}")
+    others = [folder / "notes.json", folder / f"{os.getpid()}-99.new"]  # no counters, and half of some
+    for file in others:
+        file.write_text("[")
+    look()
+    assert sorted(folder.iterdir()) == sorted([*others, counts._file])
     assert [process["pid"] for process in saved()] == [os.getpid()]
-    assert not any(file.exists() for file in dead)
+
+
+@pytest.mark.parametrize("look", [sweep, lambda: list(saved())], ids=["sweep", "doctor"])
+def test_a_process_that_has_the_pid_of_a_dead_one_has_not_its_counters(
+    folder: Path, look: Callable[[], object]
+) -> None:
+    """As in a container that starts again, where each process gets the pid that it had."""
+    counts = Counts("front")
+    counts.save(now=True)
+    file, state = folder / f"{os.getpid()}-99.json", json.loads(counts._file.read_text())
+    file.write_text(json.dumps(state | {"started": state["started"] - 100}))
+    look()
+    assert not file.exists()
+    assert len(list(saved())) == 1
 
 
 class Published(Counts):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.abc
-import logging
 import os
 import sys
 import types
@@ -20,6 +19,7 @@ from engine import vllm_plugin
 from engine.vllm import guard, pickling, points
 from engine.vllm.mailbox import Key
 from engine.vllm.roles import Core, Front
+from engine.vllm.settings import core_address
 from tests.engine.test_vllm_roles import ENGINE, image, linked
 
 
@@ -60,8 +60,10 @@ def _own_folder(monkeypatch: pytest.MonkeyPatch, short_path: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_was_said_before() -> None:
+def _nothing_was_said_before(monkeypatch: pytest.MonkeyPatch) -> None:
     guard.forget()
+    monkeypatch.setattr(vllm_plugin, "_unsaid", {})
+    monkeypatch.setattr(points, "hooked", {})
 
 
 @pytest.fixture
@@ -204,7 +206,8 @@ def test_a_client_whose_configuration_is_elsewhere_is_left_alone(
     config = types.SimpleNamespace(additional_config={"tensorferry": configured})
     vllm_plugin._client_made(original, made, vllm_config=config)
     assert original.calls == [((made,), {"vllm_config": config})]
-    assert "no attribute 'vllm_config'; tensors go vLLM's way" in tracebacks(caplog)[0]
+    assert len(caplog.records) == configured  # who did not ask for anything hears nothing
+    assert not configured or "no attribute 'vllm_config'; tensors go vLLM's way" in tracebacks(caplog)[0]
 
 
 @pytest.mark.parametrize(("version", "warned"), [("0.25.1", False), ("0.24.0", True)])
@@ -296,6 +299,51 @@ def test_an_engine_whose_queue_cannot_be_hooked_takes_what_front_ends_send(
             vllm_plugin._core.close()
 
 
+@pytest.mark.parametrize(("remote", "receiver"), [(1, None), (0, "vLLM's own")])
+def test_a_queue_that_reaches_other_hosts_and_a_receiver_of_vllms_own_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, short_path: Path, remote: int, receiver: str | None
+) -> None:
+    """What a reader elsewhere gets must be whole; with `mm_tensor_ipc="torch_shm"` there is a receiver."""
+    monkeypatch.setattr(vllm_plugin, "_core", None)
+    monkeypatch.setattr(points, "require", lambda _hop: None)
+    begins, enqueue = engine({"tensorferry": True}), Calls()
+    queue = types.SimpleNamespace(n_local_reader=1, n_remote_reader=remote, enqueue=enqueue)
+    begins.model_executor.rpc_broadcast_mq, begins.tensor_ipc_receiver = queue, receiver
+    try:
+        assert vllm_plugin._input_begins(Calls(lambda: "ran"), begins, [f"ipc://{short_path}/vllm"]) == "ran"
+        assert queue.enqueue is enqueue
+        if receiver:
+            assert begins.tensor_ipc_receiver is receiver
+            assert vllm_plugin._core is None
+        else:
+            assert isinstance(begins.tensor_ipc_receiver, vllm_plugin._Provider)
+            assert not Path(core_address(os.getpid()).removeprefix("ipc://")).exists()
+    finally:
+        if vllm_plugin._core is not None:
+            vllm_plugin._core.close()
+
+
+def test_a_client_whose_encoder_has_a_consumer_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with `mm_tensor_ipc="torch_shm"`."""
+    monkeypatch.setattr(metadata, "version", lambda _name: "0.25.1")
+    config = types.SimpleNamespace(
+        additional_config={"tensorferry": True},
+        parallel_config=types.SimpleNamespace(data_parallel_size_local=1),
+        model_config=types.SimpleNamespace(multimodal_config={}),
+    )
+    encoder = types.SimpleNamespace(oob_tensor_consumer="vLLM's own")
+    made = types.SimpleNamespace(
+        vllm_config=config, engine_ranks_managed=[0], core_engine=ENGINE, encoder=encoder
+    )
+    vllm_plugin._client_made(Calls(), made)
+    assert encoder.oob_tensor_consumer == "vLLM's own"
+    assert not hasattr(made, "_tensorferry")
+    (record,) = caplog.records
+    assert record.getMessage() == "tensorferry: mm_tensor_ipc carries the tensors already; take direct_rpc"
+
+
 def test_a_request_comes_however_vllm_says_it() -> None:
     original, here = Calls(lambda: "added"), engine(None)
     request = Request(image())
@@ -349,11 +397,25 @@ def test_statistics_are_logged_whatever_ours_are(
     assert "vLLM's way" not in said  # tensors go as they did
 
 
-def test_a_worker_begins_whatever_it_has(caplog: pytest.LogCaptureFixture) -> None:
-    original, worker = Calls(lambda: "ready"), types.SimpleNamespace()
-    assert vllm_plugin._worker_begins(original, worker, 3) == "ready"
-    assert original.calls == [((worker, 3), {})]
-    assert "no attribute 'vllm_config'" in tracebacks(caplog)[0]
+class Slots:
+    """A thing that has no attributes."""
+
+    __slots__ = ()
+
+
+@pytest.mark.parametrize("configured", [True, False, None])
+@pytest.mark.parametrize("part", ["_worker_begins", "_input_begins"])
+def test_a_process_begins_whatever_it_has(
+    caplog: pytest.LogCaptureFixture, part: str, configured: bool | None
+) -> None:
+    """configured: None where nobody can tell."""
+    config = types.SimpleNamespace(additional_config={"tensorferry": configured})
+    original = Calls(lambda: "ready")
+    party = Slots() if configured is None else types.SimpleNamespace(configuration=config)
+    assert getattr(vllm_plugin, part)(original, party, 3) == "ready"
+    assert original.calls == [((party, 3), {})]
+    assert len(caplog.records) == (configured is True)
+    assert not configured or "no attribute 'vllm_config'" in tracebacks(caplog)[0]
 
 
 def known_front(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -390,8 +452,65 @@ def known_front(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for module in modules(monkeypatch, *classes):
         for name, value in classes[module.__name__].items():
             setattr(module, name, value)
-    monkeypatch.setattr(points, "hooked", {})
     return {name: value for found in classes.values() for name, value in found.items()}
+
+
+def test_what_is_hooked_twice_is_hooked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = known_front(monkeypatch)
+    vllm_plugin.register()
+    hooked = known["MPClient"].__init__, known["SyncMPClient"]._send_input
+    vllm_plugin.register()
+    assert (known["MPClient"].__init__, known["SyncMPClient"]._send_input) == hooked
+
+
+def asked_for(known: dict[str, Any], configured: object = True) -> None:
+    """As a front end whose configuration asks for rings, or does not."""
+    known["EngineArgs"]({"tensorferry": configured}).create_engine_config()
+
+
+def config_of(configured: object) -> Any:
+    """As a `VllmConfig`, of a model without images."""
+    return types.SimpleNamespace(
+        additional_config={"tensorferry": configured},
+        model_config=None,
+        parallel_config=types.SimpleNamespace(distributed_executor_backend="uni"),
+    )
+
+
+def begins(part: str, configured: object) -> None:
+    """That part of vLLM's, whose configuration asks for rings or does not, begins."""
+    if part == "_options_given":
+        given: Any = config_of(configured)
+    else:
+        given = types.SimpleNamespace(vllm_config=config_of(configured), tensor_ipc_receiver=None)
+        given.engine_ranks_managed, given.core_engine = [0], ENGINE
+    getattr(vllm_plugin, part)(Calls(), given)
+
+
+@pytest.mark.parametrize(
+    "part", ["_options_given", "_client_made", "_statistics_logged", "_input_begins", "_worker_begins"]
+)
+def test_what_is_not_known_is_said_once_and_only_where_rings_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    """Whichever part sees the configuration says it, and that of the others."""
+    monkeypatch.setattr(vllm_plugin, "_sweep_at_exit", Calls())
+    monkeypatch.setattr(metadata, "version", lambda _name: "0.25.1")
+    known = known_front(monkeypatch)
+    del known["LoggingStatLogger"].log
+    del known["EngineArgs"].create_engine_config
+    vllm_plugin.register()
+    for configured in (False, None):
+        begins(part, configured)
+        assert not caplog.records
+    for _ in range(2):
+        begins(part, True)
+        vllm_plugin.register()
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.partition(" is not as known here (")[0] for line in said] == [
+        "tensorferry: the configuration",
+        "tensorferry: the line of counters",
+    ]
 
 
 def test_without_a_place_for_the_counters_the_front_end_is_hooked_all_the_same(
@@ -400,6 +519,7 @@ def test_without_a_place_for_the_counters_the_front_end_is_hooked_all_the_same(
     known = known_front(monkeypatch)
     del known["LoggingStatLogger"].log
     vllm_plugin.register()
+    asked_for(known)
     assert known["MPClient"].__init__._tensorferry
     assert known["SyncMPClient"]._send_input._tensorferry
     assert list(points.hooked.values()).count("") == 2
@@ -415,6 +535,7 @@ def test_a_front_end_that_encodes_elsewhere_is_left_alone(
     known = known_front(monkeypatch)
     known["AsyncMPClient"]._send_input = lambda self, *arguments: self.send_later(*arguments)
     vllm_plugin.register()
+    asked_for(known)
     assert not hasattr(known["MPClient"].__init__, "_tensorferry")
     assert not hasattr(known["SyncMPClient"]._send_input, "_tensorferry")
     assert "AsyncMPClient._send_input does not use encoder" in caplog.text
@@ -470,6 +591,8 @@ def test_an_import_that_fails_in_any_way_ends_no_vllm(
     package, _ = modules(monkeypatch, "vllm", "vllm.engine.arg_utils")
     package.__path__ = []
     monkeypatch.setattr(sys, "meta_path", [NoImport(), *sys.meta_path])
-    with caplog.at_level(logging.WARNING, "vllm.tensorferry"):
-        vllm_plugin.register()
+    vllm_plugin.register()
+    assert not caplog.records
+    begins("_client_made", True)
     assert "the front end is not as known here (libcudart.so.99: cannot open" in caplog.text
+    assert tracebacks(caplog)

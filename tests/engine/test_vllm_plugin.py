@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copyreg
 import gc
-import logging
 import os
 import sys
 import types
@@ -21,10 +20,17 @@ import torch
 import shm
 import transport
 from engine import vllm_plugin
-from engine.vllm import check, pickling
+from engine.vllm import check, guard, pickling, points
 from engine.vllm.roles import Core, Front
 from engine.vllm.settings import front_address, settings_of
 from tests.engine.processes import ROOT, ran
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_said_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    guard.forget()
+    monkeypatch.setattr(vllm_plugin, "_unsaid", {})
+    monkeypatch.setattr(points, "hooked", {})
 
 
 def test_without_vllm_nothing_is_hooked_and_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -41,8 +47,11 @@ def test_what_is_not_known_is_left_alone_and_said(
     monkeypatch.setitem(sys.modules, "vllm.v1", types.ModuleType("vllm.v1"))
     monkeypatch.setitem(sys.modules, "vllm.v1.engine", types.ModuleType("vllm.v1.engine"))
     monkeypatch.setitem(sys.modules, "vllm.v1.engine.core", types.ModuleType("vllm.v1.engine.core"))
-    with caplog.at_level(logging.WARNING, "vllm.tensorferry"):
-        vllm_plugin.register()
+    vllm_plugin.register()
+    assert not caplog.records, "nobody has asked for anything yet"
+    assert "has no attribute 'EngineCoreProc'" in points.hooked["the EngineCore"]
+    config = types.SimpleNamespace(additional_config={"tensorferry": True}, parallel_config=None)
+    vllm_plugin._client_made(lambda *_: None, types.SimpleNamespace(), config)
     assert "the EngineCore is not as known here" in caplog.text
 
 

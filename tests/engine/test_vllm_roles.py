@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -679,14 +680,97 @@ def test_a_ring_that_gets_its_first_page_late_is_mapped_then(
         core.close()
 
 
-def test_who_finds_nobody_says_so_when_it_gives_up(
+def test_who_finds_nobody_says_so_once_and_looks_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, address: str
 ) -> None:
-    monkeypatch.setattr("engine.vllm.mailbox._DIAL_FOR", 0.2)
+    """As a worker whose EngineCore listens only when the model is loaded, however long that takes."""
+    monkeypatch.setattr("engine.vllm.mailbox._SAY_AFTER", 0.2)
     caplog.set_level("INFO", "vllm.tensorferry")
+    said = f"no link with {front_address(address)} in 0.2 s (no socket is there)"
     core = Core(settings(), 0, [address], workers=0)
     try:
-        until(lambda: f"nobody was at {front_address(address)} for 0.2 s" in caplog.text)
+        until(lambda: said in caplog.text)
+        time.sleep(0.5)
+        assert caplog.text.count("no link with") == 1
+        front = Front(settings(), address)
+        try:
+            assert front.wait_for([0], timeout=30) == [0]
+        finally:
+            front.close()
+    finally:
+        core.close()
+
+
+def test_who_is_refused_asks_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, address: str
+) -> None:
+    monkeypatch.setattr("engine.vllm.mailbox._DIAL_LATER", 0.1)
+    given = settings()
+    with ExitStack() as parties:
+        front = Front(given, address)
+        parties.callback(front.close)
+        with transport.connect(front_address(address), name="engine0", timeout=30):
+            core = Core(given, 0, [address], workers=0)
+            parties.callback(core.close)
+            until(lambda: "the name 'engine0' is taken" in caplog.text)
+            time.sleep(0.5)
+            assert caplog.text.count("is taken") == 1
+        until(lambda: core._fronts)
+        assert front.wait_for([0], timeout=30) == [0]
+
+
+def test_a_link_that_ends_while_both_live_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setattr("engine.vllm.mailbox._DIAL_LATER", 0.1)
+    with with_worker(address) as (front, core, worker):
+        for dialler, name in ((core, front.name), (worker, front.name), (worker, core.name)):
+            link = dialler.endpoint._exchange.roster.named(name)
+            assert link is not None
+            dialler.endpoint._exchange._break_off(link, "just so")
+            until(partial(dialler.mailbox._left.__contains__, name))
+            until(lambda: not dialler.mailbox._left)  # noqa: B023  # it is called here
+        until(lambda: len(front.admitted()) == 2 and core._workers and len(stores(core)) == 2)
+        until(lambda: core.offer() is False)
+        front.wait_for([0], timeout=30)
+        handed = core.hand_on(provide(core, lend(front, image())))
+        assert handed is not None
+        assert torch.equal(worker.take(*handed), image())
+        assert core.counts.rows() == [(counts.WORKERS, "handle", 1, image().nbytes)]
+        until(lambda: (counts.WORKERS, "handle", 1, image().nbytes) in front.counts.total())
+
+
+def test_a_worker_that_links_again_is_told_of_the_front_ends_again(address: str) -> None:
+    """What it was told may have been lost with the link before."""
+    core = Core(settings(), 0, [address], workers=1)
+    try:
+        core.mailbox._closed.set()  # nobody else looks
+        core.mailbox._thread.join(30)
+        core._linked("there", "front-1")
+        for _ in range(2):
+            with joined(core.endpoint, f"worker-{os.getpid()}-1", core.settings.transport) as worker:
+                core.look()
+                assert worker.receive(timeout=30).body == {"fronts": ["there"]}
+            core.look()
+    finally:
+        core.close()
+
+
+def test_a_front_end_that_links_again_is_told_the_counts_again(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = Core(settings(), 0, [address], workers=0)
+    told: list[object] = []
+    try:
+        core.mailbox._closed.set()  # nobody else looks
+        core.mailbox._thread.join(30)
+        monkeypatch.setattr(core.endpoint, "try_send", lambda body, to: told.append((to, body)))
+        core.counts.add(counts.WORKERS, "handle", 5)
+        for _ in range(2):
+            core._linked(front_address(address), "front-1")
+            core.look()
+            core.look()
+        assert told == 2 * [("front-1", {"counts": [[counts.WORKERS, "handle", 1, 5]]})]
     finally:
         core.close()
 
