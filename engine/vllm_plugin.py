@@ -306,6 +306,11 @@ def _input_begins(original: Callable[..., Any], engine: Any, *arguments: Any, **
     return original(engine, *arguments, **named)
 
 
+def _has_children(vllm_config: Any) -> bool:
+    """Whether its workers are child processes of the EngineCore. Ray's are not, and make no end of ours."""
+    return bool(vllm_config.parallel_config.distributed_executor_backend == "mp")
+
+
 def _is_addresses(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(text, str) for text in value)
 
@@ -318,7 +323,8 @@ def _meet(engine: Any, settings: Settings, addresses: list[str]) -> None:
     if queue is not None:
         with Harmless("the queue to the workers"):
             points.require(points.WORKERS)
-            workers = 0 if queue.n_remote_reader else queue.n_local_reader
+            if _has_children(engine.vllm_config) and not queue.n_remote_reader:
+                workers = queue.n_local_reader
     core = Core(settings, engine.engine_index, addresses, workers)
     if workers:
         with Harmless("the queue to the workers"):
@@ -433,10 +439,8 @@ def _worker_begins(original: Callable[..., Any], wrapper: Any, *arguments: Any, 
     with Harmless("the worker"):
         config = wrapper.vllm_config
         settings = settings_of(config.additional_config)
-        parallel = config.parallel_config
         inside = _core is not None and _core.pid == os.getpid()
-        apart = not inside and parallel.distributed_executor_backend == "mp"
-        if settings is not None and apart and _has_tensors(config):
+        if settings is not None and not inside and _has_children(config) and _has_tensors(config):
             pickling.worker = Worker(settings, os.getppid())
     return original(wrapper, *arguments, **named)
 
