@@ -320,6 +320,11 @@ def _input_begins(original: Callable[..., Any], engine: Any, *arguments: Any, **
     return original(engine, *arguments, **named)
 
 
+def _has_children(vllm_config: Any) -> bool:
+    """Whether its workers are child processes of the EngineCore. Ray's are not, and make no end of ours."""
+    return bool(vllm_config.parallel_config.distributed_executor_backend == "mp")
+
+
 def _is_addresses(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(text, str) for text in value)
 
@@ -332,7 +337,8 @@ def _meet(engine: Any, addresses: list[str]) -> None:
     if queue is not None:
         with Harmless("the queue to the workers"):
             points.require(points.WORKERS)
-            workers = 0 if queue.n_remote_reader else queue.n_local_reader
+            if _has_children(engine.vllm_config) and not queue.n_remote_reader:
+                workers = queue.n_local_reader
     core = Core(_settings(engine.vllm_config), engine.engine_index, addresses, workers)
     if workers:
         with Harmless("the queue to the workers"):
@@ -446,8 +452,7 @@ def _worker_begins(original: Callable[..., Any], wrapper: Any, *arguments: Any, 
         with Harmless("the worker"):
             config = wrapper.vllm_config
             inside = _core is not None and _core.pid == os.getpid()
-            apart = not inside and config.parallel_config.distributed_executor_backend == "mp"
-            if apart and _has_tensors(config):
+            if not inside and _has_children(config) and _has_tensors(config):
                 pickling.worker = Worker(_settings(config), os.getppid())
     return original(wrapper, *arguments, **named)
 

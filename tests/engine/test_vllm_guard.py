@@ -232,7 +232,9 @@ def engine(additional_config: Any, *, multimodal: bool = True) -> Any:
         vllm_config=types.SimpleNamespace(
             additional_config=additional_config,
             model_config=model,
-            parallel_config=types.SimpleNamespace(data_parallel_size_local=1),
+            parallel_config=types.SimpleNamespace(
+                data_parallel_size_local=1, distributed_executor_backend="mp"
+            ),
         ),
         tensor_ipc_receiver=None,
         model_executor=types.SimpleNamespace(),
@@ -299,14 +301,19 @@ def test_an_engine_whose_queue_cannot_be_hooked_takes_what_front_ends_send(
             vllm_plugin._core.close()
 
 
-@pytest.mark.parametrize(("remote", "receiver"), [(1, None), (0, "vLLM's own")])
-def test_a_queue_that_reaches_other_hosts_and_a_receiver_of_vllms_own_are_left_alone(
-    monkeypatch: pytest.MonkeyPatch, short_path: Path, remote: int, receiver: str | None
+@pytest.mark.parametrize(
+    ("remote", "backend", "receiver"), [(1, "mp", None), (0, "ray", None), (0, "mp", "vLLM's own")]
+)
+def test_queues_and_receivers_that_are_not_for_us_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, short_path: Path, remote: int, backend: str, receiver: str | None
 ) -> None:
-    """What a reader elsewhere gets must be whole; with `mm_tensor_ipc="torch_shm"` there is a receiver."""
+    """What a reader elsewhere gets must be whole; Ray's workers make no end of ours, and would count as not
+    linked for ever; with `mm_tensor_ipc="torch_shm"` there is a receiver.
+    """
     monkeypatch.setattr(vllm_plugin, "_core", None)
     monkeypatch.setattr(points, "require", lambda _hop: None)
     begins, enqueue = engine({"tensorferry": True}), Calls()
+    begins.vllm_config.parallel_config.distributed_executor_backend = backend
     queue = types.SimpleNamespace(n_local_reader=1, n_remote_reader=remote, enqueue=enqueue)
     begins.model_executor.rpc_broadcast_mq, begins.tensor_ipc_receiver = queue, receiver
     try:

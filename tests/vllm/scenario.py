@@ -42,8 +42,9 @@ def arguments(options: dict[str, Any]) -> dict[str, Any]:
 
 def result(said: list[Any], counted: dict[str, list[int]], held: int = 0) -> str:
     """The line by which the one who started this program gets what it wants."""
-    plugin = "engine.vllm_plugin" in sys.modules
-    return "RESULT " + json.dumps({"said": said, "ways": counted, "plugin": plugin, "held": held})
+    plugin, method = "engine.vllm_plugin" in sys.modules, os.environ["VLLM_WORKER_MULTIPROC_METHOD"]
+    found = {"said": said, "ways": counted, "plugin": plugin, "held": held, "method": method}
+    return "RESULT " + json.dumps(found)
 
 
 def fronts() -> list[Any]:

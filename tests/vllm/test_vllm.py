@@ -97,6 +97,16 @@ def test_workers_get_handles(model: Path, kind: str) -> None:
     assert result["held"] == 0
 
 
+def test_processes_that_are_forked(model: Path) -> None:
+    """As vLLM does where nothing asks for spawn: what is hooked in them was hooked in the front end."""
+    result = run(model, method="fork", tensor_parallel_size=2, additional_config=ferry())
+    assert result["method"] == "fork", "and so it was to the end"
+    assert result["said"] == stock(model, tensor_parallel_size=2)
+    assert result["ways"][RING_1] == [8, 8 * TENSOR]
+    handed_on(result["ways"], tensors=8, readers=2)
+    assert result["held"] == 0
+
+
 def test_data_parallel(model: Path) -> None:
     options = {"mode": "served", "data_parallel_size": 2, "layout": [4, 2]}
     result = run(model, additional_config=ferry(), **options)

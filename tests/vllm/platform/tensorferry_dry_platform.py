@@ -9,6 +9,7 @@ PYTHONPATH.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from bench.hops.model import larger_weights
 
+_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 _libraries: list[Any] = []
 _values = torch.empty(0)  # of the layer that is being computed
 
@@ -95,7 +97,9 @@ def _platform() -> type:
         def check_and_update_config(cls, vllm_config: Any) -> None:
             parallel = vllm_config.parallel_config
             asked = parallel.distributed_executor_backend
+            method = os.environ.get(_METHOD, "spawn")
             super().check_and_update_config(vllm_config)
+            os.environ[_METHOD] = method  # vLLM's takes spawn whatever is asked for
             if parallel.world_size == 1 and asked != "mp":
                 parallel.distributed_executor_backend = "uni"
 
