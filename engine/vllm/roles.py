@@ -347,8 +347,8 @@ class Core(_Party):
             # Workers map a front end's ring when they have heard of it: the sooner, the fewer copies.
             complete = len(there) == self._expected and len(fronts) == len(self._addresses)
             waiting = not complete and self._is_young()
-        self._report()
         self.counts.save(peers={peer.name: peer.backend for peer in self.endpoint.peers})
+        self._report()  # which fails where the front end has just left
         return waiting
 
     def _report(self) -> None:
