@@ -118,7 +118,7 @@ class Endpoint:
                 return answer.name
             left = deadline - time.monotonic()
             if left <= 0:
-                raise Timeout(f"{self.name!r} could not connect to {address} in {seconds:g} s: {answer}")
+                raise Timeout(f"{self.name!r} could not connect to {address} in {seconds:.4g} s: {answer}")
             time.sleep(min(nap, left))
 
     def _dial(self, address: str, deadline: float) -> Welcome | str:
