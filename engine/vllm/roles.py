@@ -265,7 +265,7 @@ class Core(_Party):
         self._workers: list[str] = []
         self._expected = workers
         self._fronts: dict[str, str] = {}  # address → name, in vLLM's order
-        self._told: dict[str, int] = {}
+        self._told: dict[str, tuple[int, float]] = {}  # by worker: how many front ends, and when
         self._reported: list[Any] = []
         # By identity, and outside of the tensors, whose attributes vLLM would pickle.
         self._lent: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -336,13 +336,16 @@ class Core(_Party):
         waiting = False
         if self._expected:
             prefix = _WORKER.format(os.getpid(), "")
-            there = [peer.name for peer in self.endpoint.peers if peer.name.startswith(prefix)]
+            workers = [peer for peer in self.endpoint.peers if peer.name.startswith(prefix)]
             fronts = list(self._fronts)  # another may link, in another thread, before the end of this
-            self._told = {name: told for name, told in self._told.items() if name in there}
-            for name in there:
-                if self._told.get(name) != len(fronts):
-                    self.endpoint.try_send({"fronts": fronts}, to=name)
-                    self._told[name] = len(fronts)
+            for peer in workers:
+                told, at = self._told.get(peer.name, (0, 0.0))
+                now = time.monotonic()
+                # What was told in a link before this one may have been lost with it.
+                if told != len(fronts) or now - at > peer.connected:
+                    self.endpoint.try_send({"fronts": fronts}, to=peer.name)
+                    self._told[peer.name] = len(fronts), now
+            there = [peer.name for peer in workers]
             self._workers = there
             # Workers map a front end's ring when they have heard of it: the sooner, the fewer copies.
             complete = len(there) == self._expected and len(fronts) == len(self._addresses)
