@@ -61,9 +61,9 @@ def until(what: Callable[[], object]) -> None:
 
 
 @contextmanager
-def linked(address: str, copy_above: float) -> Iterator[tuple[Front, Core]]:
+def linked(address: str, copy_above: float, **options: object) -> Iterator[tuple[Front, Core]]:
     """A front end and its engine, linked, the ring mapped."""
-    given = settings(copy_above=copy_above)
+    given = settings(copy_above=copy_above, **options)
     core = Core(given, 0, [address], workers=0)
     front = Front(given, address)
     try:
@@ -194,10 +194,8 @@ def test_a_tensor_that_a_request_has_several_times_travels_once(
 
 def test_a_ring_that_stays_small_is_copied_out_of_from_half_of_what_it_has(address: str) -> None:
     """Not of what was asked for, which it would never reach."""
-    given = settings(ring_bytes=1 << 30, shm_spare_bytes=shm.space().free - (8 << 20))
-    core, front = Core(given, 0, [address], workers=0), Front(given, address)
-    try:
-        assert front.wait_for([0], timeout=30) == [0]
+    spare = shm.space().free - (8 << 20)
+    with linked(address, 0.5, ring_bytes=1 << 30, shm_spare_bytes=spare) as (front, core):
         metas = [lend(front, image(seed)) for seed in range(10)]  # 12 MB
         assert None in metas
         kept = [provide(core, meta) for meta in metas if meta]
@@ -206,9 +204,6 @@ def test_a_ring_that_stays_small_is_copied_out_of_from_half_of_what_it_has(addre
         assert "copied out" not in {how for _, how, _, _ in front.counts.rows()}
         kept += [provide(core, lend(front, image(seed))) for seed in range(5)]
         assert "copied out" in {how for _, how, _, _ in front.counts.rows()}
-    finally:
-        front.close()
-        core.close()
 
 
 def test_how_full_the_ring_is_is_asked_once_for_a_message_with_tensors(
