@@ -7,6 +7,7 @@ A long one can be run in slices: ``--rows`` and ``--layouts`` choose rows, ``--j
 from __future__ import annotations
 
 import dataclasses
+import random
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,9 +110,10 @@ def main(
     for number, (there, _) in enumerate(older):
         surroundings[f"added {number + 1}"] = "; ".join(there[key] for key in ("date", "load", "command"))
     measured = [piece for _, piece in older]
+    seed = random.randrange(1 << 32)  # of pieces that are put together none may have the order of another
     with report.progress(_console(stderr=True), sum(row.lacking is None for row in rows) * rounds) as done:
         for first in range(rounds):
-            measured.append(run(rows, rounds=1, first=first, seed=1000 * len(pieces), done=done))
+            measured.append(run(rows, rounds=1, first=first, seed=seed, done=done))
             if file is not None:  # after every round: what is interrupted is not lost
                 report.write_json(file, name, surroundings, benchmark, _merged(measured, every))
     results = _merged(measured, every)

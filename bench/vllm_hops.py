@@ -26,7 +26,7 @@ REPEATS, QUICK_REPEATS = {"sampled": 2, "timed": 3}, {"sampled": 1, "timed": 2}
 # Seconds: a cold start alone may take two minutes; without a GPU 32 images take half a minute.
 LIMIT, LIMIT_WITHOUT_GPU = 300.0, 1800.0
 FIRST_AIM, SECOND_AIM = 1 / 3, 1 / 10
-MB = 1e6
+_UNITS = {"peak": 1e6, "seconds": 1e-3}  # as shown (MB, ms) of what is kept (bytes, seconds); else ms
 
 METHOD = f"""\
 Every row starts one vLLM (a model of Qwen2-VL's shape with random weights, no caches, eager, one prompt
@@ -39,6 +39,8 @@ hop 1    a request from entering _send_input in the front end until it is decode
          making of the prompts between them; "blocked": in _send_input, where the front end does nothing else.
 hop 2    with worker processes: a message with images from handing it to the executor until the last
          worker has it unpickled, summed; not the time for which a worker was still busy with its last step.
+whole    from asking vLLM to its last answer: the first prompt made, hop 1 "all", and what comes after the
+         last request is decoded (hop 2, the model).
 memory   the highest sum, over all processes, of the proportional set size; shared memory counts once;
          of each round the higher of its repeats.
 mp: one worker process; tp2: tensor parallel, two; dp2: data parallel, two engines under AsyncLLM; cache: with
@@ -121,7 +123,7 @@ def _series(result: Result, layout: str, what: str) -> list[float]:
 
 def _spread(result: Result, layout: str, what: str) -> Spread:
     series = _series(result, layout, what)
-    scale = MB if what == "peak" else 1.0
+    scale = _UNITS.get(what, 1.0)
     return Spread(median=statistics.median(series) / scale, low=min(series) / scale, high=max(series) / scale)
 
 
@@ -154,9 +156,26 @@ def _show(results: Sequence[Result]) -> list[Grid]:
         _grid("hop 1, all, ms", results, "span"),
         _grid("hop 1, front end blocked, ms", results, "blocked"),
         _grid("hop 2, EngineCore to workers, ms", workers, "hop 2", _second_aims(results)),
+        _grid("whole, ms", results, "seconds"),
+        _grid("whole: until the first request is sent, ms", _with("made", results), "made"),
+        _grid("whole: after the last one is decoded, ms", _with("rest", results), "rest"),
         _grid("peak memory, MB", results, "peak", [*_memory_aims(results), *_outputs(results)]),
     ]
     return [grid for grid in grids if grid.rows]
+
+
+def _with(what: str, results: Sequence[Result]) -> list[Result]:
+    """Without those that were measured before this figure was."""
+    return [
+        result
+        for result in results
+        if all(
+            what in _of(o.values, layout)
+            for o in result.outcomes
+            if not o.failure
+            for layout in _layouts_of(result)
+        )
+    ]
 
 
 # ---------------------------------------------------------------------- aims

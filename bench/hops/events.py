@@ -15,13 +15,16 @@ Event = dict[str, Any]
 class FirstHop(NamedTuple):
     """Front end to EngineCore, milliseconds.
 
-    `total`: from entering `_send_input` to decoded, summed over the requests. `span`: from the first
-    request's to the last one's. `blocked`: in `_send_input`, summed.
+    `made`: from the start given until the first request is sent. `total`: from entering `_send_input` to
+    decoded, summed over the requests. `span`: from the first request's to the last one's. `blocked`: in
+    `_send_input`, summed. `rest`: from the last one decoded until the end given.
     """
 
+    made: float
     total: float
     span: float
     blocked: float
+    rest: float
     requests: int
     images: int
 
@@ -49,10 +52,13 @@ def first_hop(events: Sequence[Event], start: float, end: float) -> FirstHop:
         if decoded.get(event["id"], {}).get("images") != event["images"]:
             raise WrongAnswerError(f"request {event['id']} was sent, and not decoded with all its images")
     came = [decoded[event["id"]]["end"] for event in sent]
+    first, last = min(event["start"] for event in sent), max(came)
     return FirstHop(
+        made=1e3 * (first - start),
         total=1e3 * sum(after - event["start"] for event, after in zip(sent, came, strict=True)),
-        span=1e3 * (max(came) - min(event["start"] for event in sent)),
+        span=1e3 * (last - first),
         blocked=1e3 * sum(event["end"] - event["start"] for event in sent),
+        rest=1e3 * (end - last),
         requests=len(sent),
         images=sum(event["images"] for event in sent),
     )

@@ -288,6 +288,8 @@ def _figures(
         "hop 1": [hop.total for hop in first],
         "span": [hop.span for hop in first],
         "blocked": [hop.blocked for hop in first],
+        "made": [hop.made for hop in first],
+        "rest": [hop.rest for hop in first],
         "seconds": [each.end - each.start for each in timed],
         "said": [each.said for each in repeats],
     }

@@ -323,3 +323,16 @@ def test_list_of_benchmarks_and_unknown_name() -> None:
     unknown = CliRunner().invoke(command, ["chanel"])
     assert unknown.exit_code == 2
     assert "chanel" in unknown.stderr
+
+
+def test_pieces_measured_apart_have_orders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws: list[int] = []
+
+    def ran(rows: list[Row], *, seed: int, **_: Any) -> list[Result]:
+        draws.append(seed)
+        return [Result(row=row, outcomes=()) for row in rows]
+
+    monkeypatch.setattr("bench.__main__.run", ran)
+    for _ in range(3):
+        CliRunner().invoke(command, ["ring", "--quick", "--rounds", "1"])
+    assert len(set(draws)) == 3

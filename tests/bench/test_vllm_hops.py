@@ -48,7 +48,9 @@ def test_first_hop_is_from_entering_send_until_decoded() -> None:
     noted = [sent("b", 2.0, 2.25), sent("a", 1.0, 1.5), sent("later", 9.0, 9.1)]
     noted += [decoded("a", 1.75), decoded("b", 4.0), decoded("later", 9.2)]
     hop = events.first_hop(noted, 0.5, 5.0)
-    assert hop == events.FirstHop(total=2750.0, span=3000.0, blocked=750.0, requests=2, images=8)
+    assert hop == events.FirstHop(
+        made=500.0, total=2750.0, span=3000.0, blocked=750.0, rest=1000.0, requests=2, images=8
+    )
 
 
 @pytest.mark.parametrize("came", [[], [decoded("b", 2.0)], [decoded("a", 2.0, images=3)]])
@@ -208,7 +210,9 @@ def said(prompt: int, logit: float = 0.5) -> Said:
     return [[prompt, 7], [[[prompt, logit], [7, 0.25]], [[7, 0.125], [9, 0.5]]]]
 
 
-def good(column: str, *, hop: float, peak: float = 1e9, answers: Sequence[Said] | None = None) -> Result:
+def good(
+    column: str, *, hop: float, peak: float = 1e9, answers: Sequence[Said] | None = None, **more: Json
+) -> Result:
     """One round of a row: two prompts, the same figures in both layouts; `answers`: to the second."""
     values: dict[str, Json] = {
         layout: {
@@ -216,6 +220,8 @@ def good(column: str, *, hop: float, peak: float = 1e9, answers: Sequence[Said] 
             "span": [hop],
             "blocked": [hop],
             "hop 2": [hop],
+            "seconds": [hop / 1e3],
+            **more,
             "peak": [peak / 2, peak],
             "said": [answers if answers and place else [said(20 + place), said(30 + place)]],
         }
@@ -240,6 +246,19 @@ def test_figures_are_of_all_repeats_and_rounds() -> None:
     assert grid.rows == [["direct_rpc", "25.0 [10.0..60.0]", "25.0 [10.0..60.0]"]]
     memory = vllm_hops.BENCHMARK.show([both])[-1]
     assert memory.rows == [["direct_rpc", "1,000 [1,000..1,000]", "1,000 [1,000..1,000]"]]
+
+
+def test_parts_of_the_whole_are_shown_where_they_were_measured() -> None:
+    before, now = good("direct_rpc", hop=10.0), good("tensorferry", hop=20.0, made=[3.0], rest=[4.0])
+    rows = {
+        grid.title: [cells[:2] for cells in grid.rows] for grid in vllm_hops.BENCHMARK.show([before, now])
+    }
+    assert rows["vllm: whole, ms"] == [
+        ["direct_rpc", "10.0 [10.0..10.0]"],
+        ["tensorferry", "20.0 [20.0..20.0]"],
+    ]
+    assert rows["vllm: whole: until the first request is sent, ms"] == [["tensorferry", "3.00 [3.00..3.00]"]]
+    assert rows["vllm: whole: after the last one is decoded, ms"] == [["tensorferry", "4.00 [4.00..4.00]"]]
 
 
 @pytest.mark.parametrize(("hop", "verdict"), [(10.0, "0.33: met"), (10.5, "0.35: MISSED")])
