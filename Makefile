@@ -43,8 +43,9 @@ help: ## list what can be made
 run: .venv/installed ## encode photographs; ARGS="--data-parallel-size 2 my-photographs/"
 	$(BIN)/tensorferry run $(ARGS)
 
+# Some 200 processes are started: each would compile the project anew where bytecode may not be kept.
 test: .venv/installed ## the test suite, without the stress tests; ARGS="-k ring"
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 test-vllm: .venv-vllm/vllm-$(VLLM) ## the plugin in real vLLM, without a GPU, in an environment of its own; VLLM=0.33.0
 	.venv-vllm/bin/python -m pytest tests/vllm $(ARGS)

@@ -32,6 +32,7 @@ from bench import (
     tcp,
     tensor_parallel,
     vllm_hops,
+    vllm_turns,
 )
 from bench.harness import Result, Row, run
 
@@ -49,6 +50,7 @@ BENCHMARKS = {
     "tcp": tcp.BENCHMARK,
     "sockets": sockets.BENCHMARK,
     "vllm": vllm_hops.BENCHMARK,
+    "vllm-turns": vllm_turns.BENCHMARK,
 }
 
 _OLD = click.Path(exists=True, dir_okay=False, path_type=Path)

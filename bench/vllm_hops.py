@@ -65,13 +65,14 @@ def _rows(quick: bool) -> list[Row]:
             arguments={"column": column, **common},
             limit=LIMIT if device == "cuda" else LIMIT_WITHOUT_GPU,
             accept=_took_the_ring(column),
-            lacking=_lacking(column, device),
+            lacking=lacking(column, device),
         )
         for column in COLUMNS
     ]
 
 
-def _lacking(column: str, device: str) -> str | None:
+def lacking(column: str, device: str) -> str | None:
+    """Why a row that starts such a vLLM can't be measured here."""
     ipc, executor = parted(column)
     if importlib.util.find_spec("vllm") is None:
         return "vllm is not installed: `make .venv-vllm/installed`, then run with .venv-vllm/bin/python"

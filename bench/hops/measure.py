@@ -44,7 +44,7 @@ EXECUTORS: Mapping[str, Mapping[str, Any]] = {
 READERS = {"mp": 1, "tp2": 2}
 """Worker processes that hop 2 reaches, where there is one."""
 
-_PAUSE = 0.3  # before each repeat, for what the last one left behind
+PAUSE = 0.3  # before each repeat, for what the last one left behind
 _TOP = 5  # likeliest tokens that are compared
 _SAMPLES = 3  # before memory counts
 _TIMEOUT = 30.0
@@ -87,18 +87,18 @@ def measure(
     """Each layout `sampled` times with the memory sampler, which slows it, then `timed` times without."""
     noted = folder / "noted"
     noted.mkdir()
-    _surround(noted)
+    surround(noted)
     write_model(folder / "model")
     begin = time.monotonic()
-    with _explained(folder), _vllm(column, str(folder / "model"), device) as ask:
+    with explained(folder), running(column, str(folder / "model"), device) as ask:
         ask(prompts(WARM, 1, side))
         start_seconds = time.monotonic() - begin
         repeats: dict[str, list[Repeat]] = {}
         peaks: dict[str, list[float]] = {}
         for layout in layouts:
             repeats[layout], peaks[layout] = _layout(folder, ask, layout, side, sampled, timed)
-        total = WARM + sum(_images(layout) for layout in layouts) * (sampled + timed)
-        went = _ways(column, total)
+        total = WARM + sum(images_in(layout) for layout in layouts) * (sampled + timed)
+        went = ways_after(column, total)
     found = events.read(noted)
     values = {
         layout: _figures(column, layout, found, each, each[sampled:]) | {"peak": peaks[layout]}
@@ -110,7 +110,8 @@ def measure(
     return Report(values={"layouts": values, **more}, expected=asked, verified=answered)
 
 
-def _images(layout: str) -> int:
+def images_in(layout: str) -> int:
+    """Of all its prompts."""
     count, images = shape(layout)
     return count * images
 
@@ -118,7 +119,7 @@ def _images(layout: str) -> int:
 # ---------------------------------------------------------------------- vLLM
 
 
-def _surround(noted: Path) -> None:
+def surround(noted: Path) -> None:
     """For this process and vLLM's: the plugin and where it writes; nothing that depends on the machine."""
     os.environ.update(_ENVIRONMENT | {hooks.FOLDER: str(noted)})
     os.environ.pop("VLLM_PLUGINS", None)  # would have to name this plugin
@@ -160,7 +161,7 @@ def _options(column: str, model: str, device: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _vllm(column: str, model: str, device: str) -> Iterator[Ask]:
+def running(column: str, model: str, device: str) -> Iterator[Ask]:
     """A vLLM that answers prompts; ended at the end.
 
     Its workers may end without removing their queues' files, and the harness kills what would do it later.
@@ -228,7 +229,7 @@ def _served(options: dict[str, Any]) -> Iterator[Ask]:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
     """What vLLM's processes logged is said with an error: its own is often that another process ended."""
     try:
         yield
@@ -250,7 +251,7 @@ def _layout(
 
     def repeat(number: int) -> Repeat:
         batch = prompts(count, images, side, first=100_000 * images + 1000 * number)
-        time.sleep(_PAUSE)
+        time.sleep(PAUSE)
         start = time.monotonic()
         said = ask(batch)
         return Repeat(start, time.monotonic(), said)
@@ -298,7 +299,7 @@ def _figures(
         second = [events.second_hop(found, each.start, each.end, readers=readers) for each in timed]
         figures["hop 2"] = [hop.total for hop in second]
         came += [hop.images for hop in second]
-    if set(came) != {_images(layout)}:
+    if set(came) != {images_in(layout)}:
         raise WrongAnswerError(f"{layout}: images that came: {came}")
     return figures
 
@@ -314,7 +315,7 @@ def through(went: Mapping[str, Sequence[float]], hop: str) -> float:
     return sum(went[name][0] for name in good if name in went)
 
 
-def _ways(column: str, total: int) -> dict[str, list[int]]:
+def ways_after(column: str, total: int) -> dict[str, list[int]]:
     """As the counters say once they have counted so many images, or are late."""
     ipc, executor = parted(column)
     hops = [FRONT, *([WORKERS] if executor in READERS else [])] if ipc == "tensorferry" else []
