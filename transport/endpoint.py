@@ -485,7 +485,8 @@ def connect(
     """An endpoint called `name`, linked with who listens at these addresses.
 
     listen: addresses at which other peers may connect to this one, for instance to be forwarded to.
-    Waits `timeout` seconds at most (default `handshake_timeout`). `Timeout`, or `PeerGone` when refused.
+    Waits `timeout` seconds at most for each of them (default `handshake_timeout`). `Timeout`, or `PeerGone`
+    when refused.
     """
     own = [listen] if isinstance(listen, str) else listen
     return _make(name, config, own, [addresses] if isinstance(addresses, str) else addresses, timeout)

@@ -36,9 +36,13 @@ SMALL: Mapping[str, Mapping[str, Json]] = {
     "tcp": {"plan": [[MIB, 1]], "nbytes": 128 * MIB},
     "sockets": {"plan": [[MIB, 1]]},
     "vllm": {"side": 56},
+    "vllm-turns": {"side": 56, "pairs": 1},
 }
 # A row takes processes of its own, and with all of them the suite takes minutes more.
-APART = ("idle", "latency", "memory", "scale", "sockets", "steps", "table", "tcp", "tensor-parallel", "vllm")
+APART = (
+    *("idle", "latency", "memory", "scale", "sockets", "steps", "table", "tcp", "tensor-parallel"),
+    *("vllm", "vllm-turns"),
+)
 RUN = [
     pytest.param(
         name, marks=pytest.mark.gpu if name == "gpu" else pytest.mark.stress if name in APART else ()
