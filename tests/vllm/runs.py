@@ -23,8 +23,10 @@ from tests.hosts.namespaces import Host
 HERE = Path(__file__).parent
 RING = 256 << 20
 _THERE = importlib.util.find_spec("vllm") is not None
-VERSION = tuple(map(int, metadata.version("vllm").split(".")[:2])) if _THERE else (0, 0)
-_ITEM = 4 if VERSION < (0, 33) else 1  # bytes: 0.33 sends pixels as they are and normalizes them at the model
+_VERSION = tuple(map(int, metadata.version("vllm").split(".")[:2])) if _THERE else (0, 0)
+_ITEM = (
+    4 if _VERSION < (0, 33) else 1
+)  # bytes: 0.33 sends pixels as they are and normalizes them at the model
 TENSOR = 400 * 1176 * _ITEM  # an image of 280 x 280
 RING_OF_TWO = _ITEM << 20  # bytes of a ring that holds two of them
 TIMEOUT = 1500

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.runs import MARKS, RING_OF_TWO, TENSOR, VERSION, ferry, run, stock
+from tests.vllm.runs import MARKS, RING_OF_TWO, TENSOR, ferry, run, stock
 
 pytestmark = MARKS
 RING_1 = "front: front end to engine: ring"
@@ -82,12 +82,7 @@ def test_the_processor_cache(model: Path, cache: dict[str, Any], travel: int) ->
     assert result["ways"].get(RING_1, [0, 0]) == [travel, travel * TENSOR]
 
 
-_NO_PIPELINE = pytest.mark.skipif(
-    VERSION >= (0, 33), reason="vLLM itself ends there, without the plugin, too"
-)
-
-
-@pytest.mark.parametrize("kind", ["tensor", pytest.param("pipeline", marks=_NO_PIPELINE)])
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
 def test_workers_get_handles(model: Path, kind: str) -> None:
     options = {f"{kind}_parallel_size": 2}
     result = run(model, additional_config=ferry(), **options)

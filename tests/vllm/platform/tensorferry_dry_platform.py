@@ -87,6 +87,26 @@ def register() -> str:
     return "tensorferry_dry_platform.DryPlatform"
 
 
+def _stages_have_room() -> None:
+    """For what comes from the pipeline's stage before: made by the warm-up that vLLM's CPU worker leaves out
+    where nothing is compiled.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    gather = GPUModelRunner.sync_and_gather_intermediate_tensors
+    if gather.__module__ == __name__:
+        return
+
+    def gather_with_room(runner: Any, *given: Any, **named: Any) -> Any:
+        if runner.intermediate_tensors is None:
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+            )
+        return gather(runner, *given, **named)
+
+    GPUModelRunner.sync_and_gather_intermediate_tensors = gather_with_room
+
+
 def _platform() -> type:
     from vllm.platforms.cpu import CpuPlatform
 
@@ -111,7 +131,9 @@ def _platform() -> type:
 
         @classmethod
         def get_attn_backend_cls(cls, *given: Any, **named: Any) -> str:
-            larger_weights()  # here, since this is called where a model is made, before its weights are
+            # Here, since this is called where a model is made, before its weights are.
+            larger_weights()
+            _stages_have_room()
             backend: str = super().get_attn_backend_cls(*given, **named)
             return backend
 
