@@ -16,13 +16,14 @@ from bench.vllm_hops import LIMIT, LIMIT_WITHOUT_GPU, QUICK_SIDE, SIDE, lacking
 
 COLUMNS = ("tensorferry", "tensorferry + cache")
 LAYOUTS, QUICK_LAYOUTS = ("8x4", "1x32"), ("2x2",)
-PAIRS, QUICK_PAIRS = 10, 2
+PAIRS, QUICK_PAIRS = 7, 2
 
 METHOD = f"""\
 Every row is one vLLM with the plugin, set up as in `bench vllm`. It gets each layout, prompts x images of
 {SIDE} x {SIDE} pixels, {PAIRS} times by the ring and as often by vLLM's own way, for which the plugin is told
-that no tensor suits it, now the one first and now the other; fresh images each time. So the machine, its
-memory and this vLLM are the same for both.
+that no tensor suits it, now the one first and now the other; fresh images each time. So the machine and this
+vLLM are the same for both. Each time it is asked twice in a row and the second time counts, which then meets
+what a prompt of its own kind left behind in memory.
 whole    from asking to the last answer.
 made     until the first request is sent: its images are made into tensors.
 hop 1    from entering _send_input until decoded in the EngineCore, summed over the prompts.

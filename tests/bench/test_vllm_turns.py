@@ -19,6 +19,7 @@ from engine.vllm.roles import Front
 
 CONFIG = types.SimpleNamespace(inline_below=1 << 16)
 FRONT: Any = types.SimpleNamespace(settings=types.SimpleNamespace(transport=CONFIG))
+RING_FIRST, OWN_FIRST = [True, True, False, False], [False, False, True, True]
 TENSOR = torch.zeros(1 << 17, dtype=torch.uint8)
 
 
@@ -41,7 +42,7 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ways_take_turns_and_the_first_pair_is_not_counted() -> None:
     log: list[tuple[bool, int]] = []
     pairs = turns._pairs(asking(log), "2x1", 8, pairs=3)
-    assert [by_ring for by_ring, _ in log] == [True, False, False, True, True, False, False, True]
+    assert [by_ring for by_ring, _ in log] == [*RING_FIRST, *OWN_FIRST, *RING_FIRST, *OWN_FIRST]
     assert {prompts for _, prompts in log} == {2}
     assert len(pairs) == 3
     first = {pair[turns.RING].start < pair[turns.OWN].start for pair in pairs}
