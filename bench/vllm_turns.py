@@ -45,7 +45,7 @@ def _rows(quick: bool) -> list[Row]:
                 "pairs": QUICK_PAIRS if quick else PAIRS,
                 "device": device,
             },
-            limit=LIMIT if device == "cuda" else LIMIT_WITHOUT_GPU,
+            limit=2 * (LIMIT if device == "cuda" else LIMIT_WITHOUT_GPU),
             lacking=lacking(column, device),
         )
         for column in COLUMNS
