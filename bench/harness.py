@@ -69,6 +69,11 @@ class Spread:
     low: float
     high: float
 
+    @staticmethod
+    def of(figures: Sequence[float]) -> Spread:
+        """ValueError (StatisticsError) when there are none."""
+        return Spread(median=statistics.median(figures), low=min(figures), high=max(figures))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -91,8 +96,7 @@ class Result:
         """`measure` of each round's values. ValueError for a failed row: a failure is never a number."""
         if self.failure is not None:
             raise ValueError(f"{self.row.name} failed: {self.failure}")
-        figures = [measure(outcome.values) for outcome in self.outcomes]
-        return Spread(median=statistics.median(figures), low=min(figures), high=max(figures))
+        return Spread.of([measure(outcome.values) for outcome in self.outcomes])
 
 
 def numbers(value: Json) -> list[float]:

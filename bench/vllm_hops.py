@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 
@@ -123,26 +122,27 @@ def _series(result: Result, layout: str, what: str) -> list[float]:
 
 
 def _spread(result: Result, layout: str, what: str) -> Spread:
-    series = _series(result, layout, what)
     scale = _UNITS.get(what, 1.0)
-    return Spread(median=statistics.median(series) / scale, low=min(series) / scale, high=max(series) / scale)
+    return Spread.of([value / scale for value in _series(result, layout, what)])
 
 
-def _layouts(results: Sequence[Result]) -> list[str]:
-    return list(dict.fromkeys(layout for result in results for layout in _layouts_of(result)))
+def layouts_in(results: Sequence[Result]) -> list[str]:
+    """Those of all rows."""
+    return list(dict.fromkeys(layout for result in results for layout in layouts_of(result)))
 
 
-def _layouts_of(result: Result) -> list[str]:
+def layouts_of(result: Result) -> list[str]:
+    """Those that the row was asked for."""
     layouts = result.row.arguments["layouts"]
     assert isinstance(layouts, Sequence)
     return [str(layout) for layout in layouts]
 
 
 def _grid(title: str, results: Sequence[Result], what: str, notes: Sequence[str] = ()) -> Grid:
-    layouts = _layouts(results)
+    layouts = layouts_in(results)
 
     def text(result: Result, layout: str) -> str:
-        if layout not in _layouts_of(result):
+        if layout not in layouts_of(result):
             return ""
         return cell(result, lambda good: figure(_spread(good, layout, what)))
 
@@ -174,7 +174,7 @@ def _with(what: str, results: Sequence[Result]) -> list[Result]:
             what in _of(o.values, layout)
             for o in result.outcomes
             if not o.failure
-            for layout in _layouts_of(result)
+            for layout in layouts_of(result)
         )
     ]
 
@@ -189,14 +189,14 @@ def _pairs(results: Sequence[Result]) -> Iterator[tuple[Result, Result, list[str
         ipc, _ = parted(name)
         stock = good.get(name.replace(ipc, "direct_rpc"))
         if ipc == "tensorferry" and stock is not None:
-            yield ours, stock, [layout for layout in _layouts_of(ours) if layout in _layouts_of(stock)]
+            yield ours, stock, [layout for layout in layouts_of(ours) if layout in layouts_of(stock)]
 
 
 def _first_aims(results: Sequence[Result]) -> list[str]:
     good = {result.row.name: result for result in results if result.failure is None}
     stock = [good[name] for name in ("direct_rpc", "torch_shm") if name in good]
     layout = LAYOUTS[-1]
-    if "tensorferry" not in good or not stock or not all(layout in _layouts_of(r) for r in good.values()):
+    if "tensorferry" not in good or not stock or not all(layout in layouts_of(r) for r in good.values()):
         return []
     best = min(stock, key=lambda result: _spread(result, layout, "hop 1").median)
     ratio = _ratio(good["tensorferry"], best, layout, "hop 1")
@@ -280,7 +280,7 @@ def _wrong(results: Sequence[Result]) -> list[str]:
             lines.append(f"OUTPUTS DIFFER: {ours.row.name} from {stock.row.name}: {how}")
     for result in results:
         if result.failure is None:
-            said = [_list(one) for layout in _layouts_of(result) for one in _answers(result, layout)[0]]
+            said = [_list(one) for layout in layouts_of(result) for one in _answers(result, layout)[0]]
             if not distinct(said):
                 lines.append(f"OUTPUTS ARE ALIKE: {result.row.name} says the same to different images")
     return lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -12,7 +11,7 @@ from bench.hops.measure import ROLE
 from bench.hops.turns import FIGURES, OWN, RING
 from bench.part import Json
 from bench.report import Benchmark, Grid, cell, figure
-from bench.vllm_hops import LIMIT, LIMIT_WITHOUT_GPU, QUICK_SIDE, SIDE, lacking
+from bench.vllm_hops import LIMIT, LIMIT_WITHOUT_GPU, QUICK_SIDE, SIDE, lacking, layouts_in, layouts_of
 
 COLUMNS = ("tensorferry", "tensorferry + cache")
 LAYOUTS, QUICK_LAYOUTS = ("8x4", "1x32"), ("2x2",)
@@ -53,7 +52,7 @@ def _rows(quick: bool) -> list[Row]:
 
 
 def _show(results: Sequence[Result]) -> list[Grid]:
-    layouts = list(dict.fromkeys(layout for result in results for layout in _layouts(result)))
+    layouts = layouts_in(results)
     return [
         Grid(
             title=f"vllm-turns: {what}, ms",
@@ -64,25 +63,15 @@ def _show(results: Sequence[Result]) -> list[Grid]:
     ]
 
 
-def _layouts(result: Result) -> list[str]:
-    layouts = result.row.arguments["layouts"]
-    assert isinstance(layouts, Sequence)
-    return [str(layout) for layout in layouts]
-
-
 def _lines(result: Result, what: str, layouts: Sequence[str]) -> list[list[str]]:
     def text(layout: str, series: Callable[[Result, str, str], list[float]]) -> str:
-        if layout not in _layouts(result):
+        if layout not in layouts_of(result):
             return ""
-        return cell(result, lambda good: figure(_spread(series(good, layout, what))))
+        return cell(result, lambda good: figure(Spread.of(series(good, layout, what))))
 
     own = result.row.name.replace(RING, OWN)
     names = {own: _own, result.row.name: _ring, f"{result.row.name}, less": _less}
     return [[name, *(text(layout, series) for layout in layouts)] for name, series in names.items()]
-
-
-def _spread(series: Sequence[float]) -> Spread:
-    return Spread(median=statistics.median(series), low=min(series), high=max(series))
 
 
 def _own(result: Result, layout: str, what: str) -> list[float]:
